@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The `"flashfusemoe"` section of a DeepSpeed JSON config. The reference in docs/ is generated from this class."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SECTION = "flashfusemoe"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class DeepEPConfig(_Section):
+    """Settings of `ep_backend: "deep_ep"`."""
+
+    num_sms: int = Field(24, ge=2, multiple_of=2, description="Streaming multiprocessors given to the exchange.")
+    max_tokens_per_rank: int = Field(8192, ge=1, description="Most tokens one rank sends in one call.")
+
+
+class FlashFuseMoEConfig(_Section):
+    """Everything the section can say. Unknown keys and wrong values raise ValueError before any collective."""
+
+    ep_backend: Literal["nccl", "deep_ep", "symm_mem", "hybrid"] = Field(
+        "nccl",
+        description="Transport between expert-parallel ranks. nccl is deepspeed.comm's all-to-all (gloo on CPUs); "
+        "hybrid takes the fastest usable one and logs which and why.",
+    )
+    replace_moe: bool = Field(
+        True, description="Turn deepspeed.moe.layer.MoE modules of the model into fused ones, weights kept."
+    )
+    gemm_backend: Literal["triton", "grouped_mm", "reference"] | None = Field(
+        None, description="Backend of the experts' matrix products; omitted, the fastest that runs on the operands."
+    )
+    overlap_dense_grads: bool = Field(
+        True,
+        description="Reduce dense gradients during backward: at ZeRO stages 1 and 2, sets overlap_comm where the "
+        "config leaves it out.",
+    )
+    recompute_activations: bool = Field(
+        False, description="Keep only the layer's input for the backward and recompute the up-projection."
+    )
+    deep_ep: DeepEPConfig = Field(default_factory=DeepEPConfig, description="Settings of the deep_ep transport.")
+
+    @classmethod
+    def from_section(cls, section: Mapping[str, Any] | None) -> FlashFuseMoEConfig:
+        """Validates the section's contents.
+
+        Raises:
+            ValueError: naming every offending key, its value, and what is valid.
+        """
+        if section is None:
+            return cls()
+        if not isinstance(section, Mapping):
+            raise ValueError(f'"{SECTION}" is {section!r}; it must be a JSON object')
+        try:
+            return cls.model_validate(dict(section))
+        except ValidationError as error:
+            raise ValueError("; ".join(_sentence(item) for item in error.errors())) from None
+
+    @classmethod
+    def from_ds_config(cls, ds_config: Mapping[str, Any]) -> FlashFuseMoEConfig:
+        """The section of a whole DeepSpeed config; defaults if there is none. A misspelt section name raises."""
+        if SECTION not in ds_config:
+            for key in difflib.get_close_matches(SECTION, [k for k in ds_config if isinstance(k, str)], cutoff=0.75):
+                raise ValueError(f'"{key}" is not a section of the config; did you mean "{SECTION}"?')
+        return cls.from_section(ds_config.get(SECTION))
+
+
+def _model_at(location: tuple[Any, ...]) -> type[BaseModel]:
+    return DeepEPConfig if location and location[0] == "deep_ep" else FlashFuseMoEConfig
+
+
+def _sentence(item: Mapping[str, Any]) -> str:
+    """One pydantic error as the setting, its value and the valid ones."""
+    location, value = tuple(item["loc"]), item.get("input")
+    name = ".".join([SECTION, *(str(part) for part in location)])
+    if item["type"] == "extra_forbidden":
+        keys = list(_model_at(location[:-1]).model_fields)
+        near = difflib.get_close_matches(str(location[-1]), keys, n=1, cutoff=0.5)
+        hint = f'did you mean "{near[0]}"? ' if near else ""
+        return f"{name}: unknown key; {hint}Valid keys: {', '.join(keys)}"
+    shown = json.dumps(value, default=repr)
+    if item["type"] == "literal_error":
+        return f"{name} is {shown}; valid: {item['ctx']['expected']}"
+    return f"{name} is {shown}; {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The ways into a DeepSpeed engine: `initialize`, deepspeed.initialize's twin, and `attach` for an existing engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.moe.layer import MoE as StockMoE
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.utils import log_dist
+from torch import nn
+
+from flashfusemoe_ds.config import SECTION, FlashFuseMoEConfig
+from flashfusemoe_ds.dispatch.select import check_ep_backend, resolve_hybrid
+from flashfusemoe_ds.ds.checkpoint import guard_checkpoints
+from flashfusemoe_ds.ds.moe import MoE
+from flashfusemoe_ds.ds.replace import remap_groups, remap_optimizer, replace_moe_and_map
+from flashfusemoe_ds.kernels.grouped_gemm import GEMM_BACKENDS
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable | None = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int | None = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable | None = None,
+    config: str | dict[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | dict[str, Any] | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """deepspeed.initialize with the config's "flashfusemoe" section put into effect.
+
+    Arguments and the returned (engine, optimizer, dataloader, lr_scheduler) are deepspeed.initialize's. Before it
+    runs, the section is checked, stock MoE layers become fused ones (`replace_moe`) with `model_parameters` or a client
+    optimizer carried over, and, at ZeRO stages 1 and 2, overlap_comm is set where the config leaves it out.
+
+    Raises:
+        ValueError, ImportError: the section is wrong or cannot be met on this machine; before any collective.
+    """
+    if model is None:
+        raise ValueError("initialize needs a model")
+    ds_config, args = _resolve_config(args, config, config_params)
+    section = FlashFuseMoEConfig.from_ds_config(ds_config)
+    check_section(section)
+
+    if section.replace_moe:
+        groups = None if model_parameters is None else list(model_parameters)
+        model, mapping = replace_moe_and_map(model)
+        model_parameters = remap_groups(groups, mapping)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            remap_optimizer(optimizer, mapping)
+    layers = [m for m in model.modules() if isinstance(m, MoE)]
+    for layer in layers:
+        layer.check_world(_world_size(mpu))
+        layer.configure(section)
+
+    port = {} if distributed_port is None else {"distributed_port": distributed_port}
+    engine, *rest = deepspeed.initialize(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=_with_overlap(ds_config, section),
+        mesh_param=mesh_param,
+        **port,
+    )
+    return (attach(engine), *rest)
+
+
+def attach(engine: Any) -> Any:
+    """Puts the "flashfusemoe" section of an existing engine's config into effect, and guards its checkpoints.
+
+    For code that must call deepspeed.initialize itself. Layers must be fused by then (import MoE from this package, or
+    call replace_moe(model) before deepspeed.initialize): an optimizer cannot follow parameters replaced after it.
+
+    Returns:
+        The engine.
+
+    Raises:
+        ValueError: the section asks for replace_moe, and stock MoE layers are left in the engine's model.
+    """
+    section = FlashFuseMoEConfig.from_ds_config(engine.config)
+    check_section(section)
+    stock = [n for n, m in engine.module.named_modules() if type(m) is StockMoE]
+    if stock and section.replace_moe and SECTION in engine.config:
+        raise ValueError(
+            f"{SECTION}.replace_moe is true, but the engine was built over stock MoE layers ({', '.join(stock)}); "
+            "call flashfusemoe_ds.initialize, or replace_moe(model) before deepspeed.initialize"
+        )
+    layers = [m for m in engine.module.modules() if isinstance(m, MoE)]
+    for layer in layers:
+        layer.configure(section)
+    if layers and not getattr(engine, "_flashfusemoe_attached", False):
+        guard_checkpoints(engine)
+        engine._flashfusemoe_attached = True
+        log_dist(_summary(section, layers), ranks=[0])
+    return engine
+
+
+def check_section(section: FlashFuseMoEConfig) -> None:
+    """Refuses what this machine cannot do: ImportError for a missing package, ValueError otherwise."""
+    check_ep_backend(section.ep_backend)
+    if section.gemm_backend not in (None, *GEMM_BACKENDS):
+        raise ValueError(
+            f"{SECTION}.gemm_backend is {section.gemm_backend!r}, which this version does not have yet; valid: "
+            f"{', '.join(GEMM_BACKENDS)}, or leave it out"
+        )
+
+
+def _resolve_config(args: Any, config: Any, config_params: Any) -> tuple[dict[str, Any], Any]:
+    """The config as a dict, by deepspeed.initialize's own rules, and args without the path that is thereby used up."""
+    config = config_params if config is None else config
+    from_args = getattr(args, "deepspeed_config", None)
+    if from_args is not None:
+        if config is not None:
+            raise ValueError(f"the config was passed twice, as config= and --deepspeed_config {from_args}; keep one")
+        config = from_args
+        args = type(args)(**{**vars(args), "deepspeed_config": None})
+    if config is None:
+        raise ValueError("no DeepSpeed config: pass config=, or --deepspeed_config on the command line")
+    return load_ds_config(config), args
+
+
+def _world_size(mpu: Any) -> int:
+    """Ranks per pipeline stage, known from the launcher's environment before torch.distributed is."""
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    stages = getattr(mpu, "get_pipeline_model_parallel_world_size", None) or getattr(
+        mpu, "get_pipe_parallel_world_size", None
+    )
+    return world // (stages() if stages else 1)
+
+
+def _with_overlap(ds_config: dict[str, Any], section: FlashFuseMoEConfig) -> dict[str, Any]:
+    """overlap_comm on at ZeRO stages 1 and 2 unless the user decided; DeepSpeed's own default is off."""
+    zero = ds_config.get("zero_optimization")
+    if section.overlap_dense_grads and isinstance(zero, dict) and zero.get("stage") in (1, 2):
+        ds_config = {**ds_config, "zero_optimization": {"overlap_comm": True, **zero}}
+    return ds_config
+
+
+def _summary(section: FlashFuseMoEConfig, layers: list[MoE]) -> str:
+    backend = section.ep_backend
+    if backend == "hybrid":
+        name, reason = resolve_hybrid()
+        backend = f"hybrid -> {name} ({reason})"
+    fused = sum(hasattr(layer.deepspeed_moe.experts, "layout") for layer in layers)
+    sizes = sorted({layer.ep_size for layer in layers})
+    return (
+        f"{SECTION}: {len(layers)} MoE layers, {fused} with fused experts, ep_size {', '.join(map(str, sizes))}, "
+        f"ep_backend {backend}"
+    )

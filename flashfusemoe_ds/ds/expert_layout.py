@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Recognises MLP experts, and maps one expert's own tensors to and from the stacked layout.
+
+A user's expert is any module. It is fused only if it provably is an MLP that the kernels compute: its parameters are
+those of two or three plain nn.Linear, and a copy of it with random weights agrees with one of the formulas on random
+inputs of three magnitudes, in evaluation and in training mode. Names decide nothing. Dropout that is on, a clamp, a
+layer norm, a LoRA wrapper: each fails the comparison or the inventory, and the expert runs as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashfusemoe_ds.kernels.activation import ACTIVATIONS
+from flashfusemoe_ds.kernels.reference import activate
+
+# Inputs near 0, around the knee of every activation, and far beyond any clamp in use.
+PROBE_SCALES = (0.3, 3.0, 100.0)
+# float64 formulas agree to 1e-12; modules that cast to float32 inside to 1e-6; erf and tanh GELU differ by 1e-4.
+PROBE_RTOL = 1e-5
+# How one Linear may hold gate and up rows; the first is also the stacked parameters' own order.
+PACKINGS = ("gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved")
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How one expert's own Linears make up a row of the stacked parameters.
+
+    Attributes:
+        activation: name in kernels.activation.
+        up: names of the Linears whose rows form the up-projection, in stacked order: (gate, up), or one that is plain
+            or holds both.
+        down: name of the down-projection.
+        packing: order of the rows of a single gated Linear, one of PACKINGS.
+        bias: whether the up-projection and the down-projection have biases.
+        leaves: all tensor names of one expert, in its own order.
+    """
+
+    activation: str
+    up: tuple[str, ...]
+    down: str
+    packing: str
+    bias: tuple[bool, bool]
+    leaves: tuple[str, ...]
+
+    @property
+    def gated(self) -> bool:
+        return ACTIVATIONS[self.activation].gated
+
+    @property
+    def up_name(self) -> str:
+        return "gate_up_proj" if self.gated else "up_proj"
+
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        """Stacked parameter name -> the expert's own tensors it is made of."""
+        parts = {self.up_name: tuple(f"{n}.weight" for n in self.up), "down_proj": (f"{self.down}.weight",)}
+        if self.bias[0]:
+            parts[f"{self.up_name}_bias"] = tuple(f"{n}.bias" for n in self.up)
+        if self.bias[1]:
+            parts["down_proj_bias"] = (f"{self.down}.bias",)
+        return parts
+
+    def stack(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One expert's own tensors -> its slices of the stacked parameters."""
+        out = {}
+        for name, parts in self.sources().items():
+            rows = torch.cat([leaves[p] for p in parts]) if len(parts) > 1 else leaves[parts[0]]
+            out[name] = self._to_gate_up(rows) if name.startswith(self.up_name) else rows
+        return out
+
+    def unstack(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `stack`, in the expert's own order. Views where the layout allows."""
+        own: dict[str, Tensor] = {}
+        for name, parts in self.sources().items():
+            rows = self._from_gate_up(stacked[name]) if name.startswith(self.up_name) else stacked[name]
+            own.update(zip(parts, rows.chunk(len(parts)), strict=True))
+        return {leaf: own[leaf] for leaf in self.leaves}
+
+    def _to_gate_up(self, rows: Tensor) -> Tensor:
+        if self.packing.endswith("_interleaved"):
+            rows = torch.cat([rows[0::2], rows[1::2]])
+        return torch.cat(rows.chunk(2)[::-1]) if self.packing.startswith("up_gate") else rows
+
+    def _from_gate_up(self, rows: Tensor) -> Tensor:
+        if self.packing.startswith("up_gate"):
+            rows = torch.cat(rows.chunk(2)[::-1])
+        if self.packing.endswith("_interleaved"):
+            rows = torch.stack(rows.chunk(2), dim=1).flatten(0, 1)
+        return rows
+
+
+def recognise(expert: nn.Module, hidden_size: int) -> tuple[ExpertLayout | None, str]:
+    """The expert's layout, or None and why it is not one that can be fused."""
+    linears = {name: m for name, m in expert.named_modules() if type(m) is nn.Linear}
+    if len(linears) not in (2, 3):
+        return None, f"it has {len(linears)} plain nn.Linear modules, not 2 or 3"
+    owned = {id(p) for m in linears.values() for p in m.parameters()}
+    if {id(p) for p in expert.parameters()} != owned or len(owned) != sum(
+        len(list(m.parameters())) for m in linears.values()
+    ):
+        return None, "it has parameters outside its nn.Linear modules, or shares them"
+    if any(True for _ in expert.buffers()):
+        return None, "it has buffers"
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in expert.modules()):
+        return None, "it has hooks"
+    if any(p.is_meta for p in expert.parameters()):
+        return None, "its parameters are on the meta device"
+
+    candidates = list(_candidates(linears, hidden_size, tuple(expert.state_dict())))
+    if not candidates:
+        return None, "the shapes of its nn.Linear modules are not those of an MLP"
+    try:
+        probes = _probe(expert, hidden_size)
+    except Exception as error:  # a user's module may raise anything; then it just runs as it is
+        return None, f"it does not run on a small float64 input on the CPU ({type(error).__name__}: {error})"
+    for layout in candidates:
+        if all(_agrees(layout, leaves, x, y) for leaves, x, y in probes):
+            return layout, "recognised"
+    return None, "its output differs from every activation that can be fused"
+
+
+def _candidates(linears: Mapping[str, nn.Linear], hidden_size: int, leaves: tuple[str, ...]) -> Iterator[ExpertLayout]:
+    for *ups, down in itertools.permutations(linears):
+        first, last = linears[ups[0]], linears[down]
+        shapes = {(linears[n].in_features, linears[n].out_features) for n in ups}
+        biases = {linears[n].bias is not None for n in ups}
+        if len(shapes) > 1 or len(biases) > 1:
+            continue
+        if first.in_features != hidden_size or last.out_features != hidden_size:
+            continue
+        ratio, remainder = divmod(first.out_features * len(ups), last.in_features)
+        if remainder or ratio not in (1, 2):
+            continue
+        bias = (first.bias is not None, last.bias is not None)
+        packings = PACKINGS if len(ups) == 1 and ratio == 2 else PACKINGS[:1]
+        for activation, packing in itertools.product(ACTIVATIONS.values(), packings):
+            if activation.gated == (ratio == 2):
+                yield ExpertLayout(activation.name, tuple(ups), down, packing, bias, leaves)
+
+
+def _probe(expert: nn.Module, hidden_size: int) -> list[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    """Runs a float64 copy with random weights: (its tensors, input, output) for each magnitude and mode."""
+    generator = torch.Generator().manual_seed(0)
+    probes = []
+    # The module may draw random numbers (dropout): the caller's generator must not notice.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        clone = copy.deepcopy(expert).to(device="cpu", dtype=torch.float64)
+        for param in clone.parameters():
+            fan_in = param.shape[-1] if param.dim() > 1 else 1
+            param.copy_(torch.randn(param.shape, generator=generator, dtype=torch.float64) * fan_in**-0.5)
+        leaves = {name: tensor.clone() for name, tensor in clone.state_dict().items()}
+        for training, scale in itertools.product((False, True), PROBE_SCALES):
+            x = torch.randn(1, 1, 7, hidden_size, generator=generator, dtype=torch.float64) * scale
+            out = clone.train(training)(x)
+            out = out[0] if isinstance(out, tuple) else out
+            probes.append((leaves, x.view(7, -1), out.reshape(7, -1).double()))
+    return probes
+
+
+def _agrees(layout: ExpertLayout, leaves: Mapping[str, Tensor], x: Tensor, y: Tensor) -> bool:
+    stacked = layout.stack(leaves)
+    h = F.linear(x, stacked[layout.up_name], stacked.get(f"{layout.up_name}_bias"))
+    expected = F.linear(activate(h, layout.activation), stacked["down_proj"], stacked.get("down_proj_bias"))
+    return y.shape == expected.shape and bool((y - expected).abs().max() <= PROBE_RTOL * expected.abs().max())

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Stacked experts that look like DeepSpeed's from outside: its state-dict names, its parameter marks, its `apply`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashfusemoe_ds.ds.expert_layout import ExpertLayout
+from flashfusemoe_ds.nn.experts import GroupedExperts
+
+STOCK_PREFIX = "deepspeed_experts."
+
+
+class FusedExperts(GroupedExperts):
+    """`GroupedExperts` made from the user's expert modules.
+
+    `state_dict` and `load_state_dict` speak stock names, `deepspeed_experts.{i}.<the expert's own name>`, so that
+    checkpoints of stock DeepSpeed and of this layer are the same files. `named_parameters` lists the stacked ones.
+
+    `apply(fn)` reaches the experts too: a model's own weight initialisation, written for nn.Linear, has the effect and
+    the random draws that it has on stock experts.
+    """
+
+    def __init__(self, modules: list[nn.Module], layout: ExpertLayout) -> None:
+        tensors = [dict(m.named_parameters()) for m in modules]
+        down = tensors[0][f"{layout.down}.weight"]
+        super().__init__(
+            num_local_experts=len(modules),
+            d_model=down.shape[0],
+            intermediate_size=down.shape[1],
+            activation=layout.activation,
+            up_bias=layout.bias[0],
+            down_bias=layout.bias[1],
+            device=down.device,
+            dtype=down.dtype,
+        )
+        self.layout = layout
+        # Structure without storage: what `apply` hands to the user's function.
+        self._template = [copy.deepcopy(modules[0]).to("meta")]
+        for i, own in enumerate(tensors):
+            self._write_expert(i, own)
+        for name, parts in layout.sources().items():
+            source, param = tensors[0][parts[0]], getattr(self, name)
+            param.requires_grad_(source.requires_grad)
+            # Marks that DeepSpeed and users put on parameters: allreduce, group_name, and the like.
+            param.__dict__.update(source.__dict__)
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weights come from the user's modules, and no random number may be drawn for them."""
+
+    def stacked(self) -> dict[str, nn.Parameter]:
+        """The stacked parameters by name."""
+        return {name: getattr(self, name) for name in self.layout.sources()}
+
+    def expert_tensors(self, i: int, stacked: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Expert i's tensors under its own names, from parameters (or gradients) by stacked name."""
+        return self.layout.unstack({name: tensor[i] for name, tensor in stacked.items()})
+
+    @torch.no_grad()
+    def _write_expert(self, i: int, own: dict[str, Tensor]) -> None:
+        for name, value in self.layout.stack(own).items():
+            getattr(self, name)[i].copy_(value)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> FusedExperts:
+        """nn.Module.apply, with the experts as the modules they were."""
+        for i in range(self.num_local_experts):
+            expert = copy.deepcopy(self._template[0]).to_empty(device=self.down_proj.device)
+            own = self.expert_tensors(i, {name: p.detach() for name, p in self.stacked().items()})
+            with torch.no_grad():
+                for name, param in expert.named_parameters():
+                    param.copy_(own[name])
+            expert.apply(fn)
+            self._write_expert(i, {name: p.detach() for name, p in expert.named_parameters()})
+        fn(self)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        stacked = {name: p if keep_vars else p.detach() for name, p in self.stacked().items()}
+        for i in range(self.num_local_experts):
+            for name, tensor in self.expert_tensors(i, stacked).items():
+                destination[f"{prefix}{STOCK_PREFIX}{i}.{name}"] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        expected = self.expert_tensors(0, {name: p.detach() for name, p in self.stacked().items()})
+        known = set()
+        for i in range(self.num_local_experts):
+            keys = {name: f"{prefix}{STOCK_PREFIX}{i}.{name}" for name in self.layout.leaves}
+            known.update(keys.values())
+            absent = [key for key in keys.values() if key not in state_dict]
+            missing_keys.extend(absent)
+            wrong = [
+                f"size mismatch for {key}: the checkpoint has {tuple(state_dict[key].shape)}, "
+                f"the expert {tuple(expected[name].shape)}"
+                for name, key in keys.items()
+                if key in state_dict and state_dict[key].shape != expected[name].shape
+            ]
+            error_msgs.extend(wrong)
+            if not absent and not wrong:
+                self._write_expert(i, {name: state_dict[key] for name, key in keys.items()})
+        if strict:
+            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The drop-in: deepspeed.moe.layer.MoE with the same constructor, forward and 3-tuple, on our stages.
+
+Every class here subclasses its stock namesake, because engine, ZeRO, checkpoints, profiler and timers look for those
+by isinstance and by attribute (deepspeed/runtime/engine.py, _configure_distributed_model and _save_moe_checkpoint).
+"""
+
+from __future__ import annotations
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.moe.layer import MoE as StockMoE
+from deepspeed.moe.sharded_moe import (
+    FIRST_ALLTOALL_TIMER,
+    MOE_TIMER,
+    SECOND_ALLTOALL_TIMER,
+    TOPK_GATE_TIMER,
+)
+from deepspeed.moe.sharded_moe import MOELayer as StockMOELayer
+from deepspeed.moe.sharded_moe import TopKGate as StockTopKGate
+from deepspeed.profiling.flops_profiler import profiler as flops_profiler
+from deepspeed.utils import groups, logger
+from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashfusemoe_ds.config import FlashFuseMoEConfig
+from flashfusemoe_ds.dispatch.base import Dispatcher, combine, dispatch
+from flashfusemoe_ds.dispatch.local import LocalDispatcher
+from flashfusemoe_ds.dispatch.select import check_ep_backend, make_dispatcher
+from flashfusemoe_ds.ds.expert_layout import recognise
+from flashfusemoe_ds.ds.fused_experts import FusedExperts
+from flashfusemoe_ds.nn.checks import check_hidden, check_positive
+from flashfusemoe_ds.nn.deepspeed_gating import NOISE_POLICIES, DeepSpeedGating, deepspeed_gating, jitter
+from flashfusemoe_ds.nn.experts import ModuleExperts
+from flashfusemoe_ds.types import Routing
+
+
+def _adopt(cls: type, module: nn.Module) -> nn.Module:
+    """The same module as an instance of one of our subclasses: same parameters, children, hooks and flags."""
+    adopted = cls.__new__(cls)
+    adopted.__dict__.update(module.__dict__)
+    adopted.__dict__["_modules"] = dict(module._modules)
+    return adopted
+
+
+class TopKGate(StockTopKGate):
+    """DeepSpeed's gate, returning a `Routing` and l_aux."""
+
+    def forward(self, input: Tensor, used_token: Tensor | None = None) -> tuple[Routing, Tensor]:
+        """[T, D] -> routing over all E experts, and the scalar load-balancing loss."""
+        if self.wall_clock_breakdown:
+            self.timers(TOPK_GATE_TIMER).start()
+        x_TD = input.float()
+        if self.noisy_gate_policy == "Jitter" and self.training:
+            x_TD = jitter(x_TD)
+        gating = DeepSpeedGating(
+            k=self.k,
+            capacity_factor=self.capacity_factor if self.training else self.eval_capacity_factor,
+            min_capacity=self.min_capacity,
+            drop_tokens=self.drop_tokens,
+            use_rts=self.use_rts,
+            top2_2nd_expert_sampling=self.top2_2nd_expert_sampling,
+            rsample=self.noisy_gate_policy == "RSample" and self.training,
+        )
+        with torch.autocast(input.device.type, enabled=False):
+            routed = deepspeed_gating(F.linear(x_TD, self.wg.weight.float()), gating, used_token)
+        if self.wall_clock_breakdown:
+            self.timers(TOPK_GATE_TIMER).stop()
+            self.gate_time = self.timers(TOPK_GATE_TIMER).elapsed(reset=False)
+        return routed
+
+
+class MOELayer(StockMOELayer):
+    """Gate, dispatch, experts, combine. `experts` is a FusedExperts, or a ModuleExperts for experts of other kinds."""
+
+    dispatcher: Dispatcher
+    config: FlashFuseMoEConfig
+
+    @classmethod
+    def from_stock(cls, stock: StockMOELayer) -> MOELayer:
+        """Takes over a stock layer's gate, experts and group."""
+        layer = _adopt(cls, stock)
+        layer.gate = _adopt(TopKGate, stock.gate)
+        layer.use_tutel = False
+        modules = list(stock.experts.deepspeed_experts)
+        layout, reason = recognise(modules[0], stock.gate.wg.in_features)
+        if layout is not None:
+            layer.experts = FusedExperts(modules, layout)
+        else:
+            layer.experts = ModuleExperts(modules)
+            logger.warning_once(f"experts of class {type(modules[0]).__name__} run one by one, not fused: {reason}")
+        layer.config = FlashFuseMoEConfig()
+        layer._bind()
+        return layer.train(stock.training)
+
+    def configure(self, config: FlashFuseMoEConfig) -> None:
+        """Takes the section's settings; safe at any time between steps, on every rank alike."""
+        self.config = config
+        if isinstance(self.experts, FusedExperts):
+            self.experts.gemm_backend = config.gemm_backend
+            self.experts.recompute_activations = config.recompute_activations
+        self._bind()
+
+    def _set_ep_group(self, ep_group) -> None:
+        # Unlike stock, a second deepspeed.initialize on the same module may set the group anew.
+        self.ep_group = self.gate.ep_group = ep_group
+        self._bind()
+
+    def _bind(self) -> None:
+        """Chooses the transport for the group at hand; the identity at ep_size 1 and before there is a group."""
+        if self.ep_size == 1 or self.ep_group is None:
+            self.dispatcher = LocalDispatcher()
+        else:
+            num_experts = self.num_local_experts * self.ep_size
+            self.dispatcher = make_dispatcher(self.config.ep_backend, self.ep_group, num_experts, comm=dist)
+
+    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
+        """[*, D] -> [*, D]; leaves l_aux and exp_counts (int64 [E], before drops) as attributes, as stock does."""
+        if self.ep_size > 1 and self.ep_group is None:
+            raise ValueError(
+                f"ep_size is {self.ep_size}, but the layer has no expert-parallel group yet: run the model through "
+                "initialize(), or call set_deepspeed_parallelism() after deepspeed.init_distributed()"
+            )
+        d_model = self.gate.wg.in_features
+        check_hidden("MoE", hidden_states, d_model, self.gate.wg.weight)
+        x_TD = hidden_states.reshape(-1, d_model)
+        if used_token is not None and used_token.numel() != x_TD.shape[0]:
+            raise ValueError(f"used_token has {used_token.numel()} entries; the input has {x_TD.shape[0]} tokens")
+
+        self._start(MOE_TIMER)
+        routing, self.l_aux = self.gate(x_TD, used_token)
+        self.exp_counts = routing.counts_E
+        self._start(FIRST_ALLTOALL_TIMER)
+        sent = dispatch(self.dispatcher, x_TD, routing)
+        self._stop(FIRST_ALLTOALL_TIMER, "time_falltoall")
+        y_RD = self.experts(sent)
+        if flops_profiler.module_flop_count:
+            self._count_flops(sent.num_routes)
+        self._start(SECOND_ALLTOALL_TIMER)
+        y_TD = combine(self.dispatcher, y_RD, sent.handle)
+        self._stop(SECOND_ALLTOALL_TIMER, "time_salltoall")
+        self._stop(MOE_TIMER, "time_moe")
+        return y_TD.reshape(hidden_states.shape)
+
+    def _start(self, timer: str) -> None:
+        if self.wall_clock_breakdown:
+            self.timers(timer).start()
+
+    def _stop(self, timer: str, attribute: str) -> None:
+        if self.wall_clock_breakdown:
+            self.timers(timer).stop()
+            setattr(self, attribute, self.timers(timer).elapsed(reset=False))
+
+    def _count_flops(self, num_routes: int) -> None:
+        """DeepSpeed's profiler counts by patching torch functions, which sees nothing of fused experts."""
+        flops = self.experts.flops(num_routes)
+        flops_profiler.module_flop_count[-1].append(("fused_experts", flops))
+        flops_profiler.module_mac_count[-1].append(("fused_experts", flops // 2))
+
+
+class MoE(StockMoE):
+    """deepspeed.moe.layer.MoE, fused. Same arguments, same defaults, same results, same checkpoints.
+
+    Differences that a user can see: nothing is padded to a capacity, so experts compute only real tokens;
+    drop_tokens=False needs no agreement on a capacity between ranks; top-1 accepts fewer tokens than min_capacity, and
+    drop_tokens=False with use_rts=False; `use_tutel` is ignored with a note. `named_parameters` lists stacked experts.
+
+    Args:
+        hidden_size, expert, num_experts, ep_size, k, capacity_factor, eval_capacity_factor, min_capacity,
+        use_residual, noisy_gate_policy, drop_tokens, use_rts, use_tutel, enable_expert_tensor_parallelism,
+        top2_2nd_expert_sampling: as in deepspeed.moe.layer.MoE 0.19.8. `expert` may be any module; MLPs that
+        `ds.expert_layout.recognise` can verify are fused.
+
+    Raises:
+        ValueError: ep_size does not divide num_experts, k exceeds num_experts, an unknown noisy_gate_policy.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert: nn.Module,
+        num_experts: int = 1,
+        ep_size: int = 1,
+        k: int = 1,
+        capacity_factor: float = 1.0,
+        eval_capacity_factor: float = 1.0,
+        min_capacity: int = 4,
+        use_residual: bool = False,
+        noisy_gate_policy: str | None = None,
+        drop_tokens: bool = True,
+        use_rts: bool = True,
+        use_tutel: bool = False,
+        enable_expert_tensor_parallelism: bool = False,
+        top2_2nd_expert_sampling: bool = True,
+    ) -> None:
+        sizes = {"hidden_size": hidden_size, "num_experts": num_experts, "ep_size": ep_size, "k": k}
+        for name, value in sizes.items():
+            check_positive(name, value)
+        if not isinstance(expert, nn.Module):
+            raise ValueError(f"expert is {expert!r}; it must be a torch.nn.Module")
+        if num_experts % ep_size:
+            raise ValueError(f"ep_size is {ep_size}; it must divide num_experts ({num_experts})")
+        if k > num_experts:
+            raise ValueError(f"k is {k}; valid: 1 to num_experts ({num_experts})")
+        if noisy_gate_policy not in NOISE_POLICIES:
+            raise ValueError(f"noisy_gate_policy is {noisy_gate_policy!r}; valid: None, 'Jitter', 'RSample'")
+        if use_tutel:
+            logger.warning_once("use_tutel is ignored: dispatch and experts are flashfusemoe_ds's own")
+        super().__init__(
+            hidden_size=hidden_size,
+            expert=expert,
+            num_experts=num_experts,
+            ep_size=ep_size,
+            k=k,
+            capacity_factor=capacity_factor,
+            eval_capacity_factor=eval_capacity_factor,
+            min_capacity=min_capacity,
+            use_residual=use_residual,
+            noisy_gate_policy=noisy_gate_policy,
+            drop_tokens=drop_tokens,
+            use_rts=use_rts,
+            use_tutel=False,
+            enable_expert_tensor_parallelism=enable_expert_tensor_parallelism,
+            top2_2nd_expert_sampling=top2_2nd_expert_sampling,
+        )
+        self.deepspeed_moe = MOELayer.from_stock(self.deepspeed_moe)
+
+    @classmethod
+    def from_stock(cls, stock: StockMoE) -> MoE:
+        """A fused layer that takes over a stock layer's weights, gate, residual MLP, hooks and flags."""
+        moe = _adopt(cls, stock)
+        moe.deepspeed_moe = MOELayer.from_stock(stock.deepspeed_moe)
+        return moe
+
+    def configure(self, config: FlashFuseMoEConfig) -> None:
+        """Takes the "flashfusemoe" section's settings; ValueError or ImportError if they cannot be met here."""
+        check_ep_backend(config.ep_backend)
+        self.deepspeed_moe.configure(config)
+
+    def check_world(self, world_size: int) -> None:
+        """ValueError unless the experts can be spread over this many data-parallel ranks."""
+        if world_size % self.ep_size:
+            valid = [n for n in range(1, world_size + 1) if world_size % n == 0 and self.num_experts % n == 0]
+            raise ValueError(
+                f"ep_size is {self.ep_size}, but there are {world_size} ranks per pipeline stage; ep_size must divide "
+                f"both them and num_experts ({self.num_experts}). Valid here: {', '.join(map(str, valid))}"
+            )
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The engine's construction-time callback: joins the expert-parallel group of deepspeed.utils.groups."""
+        pipeline = 1 if groups.mpu is None else bwc_pipeline_parallel_world_size(groups.mpu)
+        tensor = 1 if groups.mpu is None else bwc_tensor_model_parallel_world_size(groups.mpu)
+        if tensor > 1:
+            raise ValueError(
+                f"the mpu's tensor-parallel size is {tensor}; this version of flashfusemoe_ds supports 1 "
+                "(duplicate tokens of tensor-parallel ranks are not removed yet)"
+            )
+        self.check_world(dist.get_world_size() // pipeline)
+        super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
+        for name, param in self.deepspeed_moe.experts.named_parameters():
+            if name.endswith("_bias"):
+                # DeepSpeed's Muon tags every parameter with two or more dimensions; a stacked bias is still a bias.
+                param.use_muon = False

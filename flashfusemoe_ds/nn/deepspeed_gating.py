@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""DeepSpeed 0.19.8's top-1, top-2 and top-k gating, in the compact [T, K] form and without its collectives.
+
+Source of the semantics: deepspeed/moe/sharded_moe.py, functions top1gating, top2gating and topkgating, reached through
+TopKGate. Everything is float32. Where a choice depends on torch.topk's order among equals or on random draws, the same
+call on the same values is made, so both decide alike from the same generator state.
+
+Not reproduced, because dispatch here has no capacity buffers: the MAX all-reduce of the capacity when nothing is
+dropped, the assertion T >= min_capacity of top-1, and its failure at drop_tokens=False with use_rts=False.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flashfusemoe_ds.types import Routing
+
+NOISE_POLICIES = (None, "None", "Jitter", "RSample")
+
+
+@dataclass(frozen=True)
+class DeepSpeedGating:
+    """The options of TopKGate, under its names; `capacity_factor` is the one in force (training or evaluation)."""
+
+    k: int
+    capacity_factor: float
+    min_capacity: int
+    drop_tokens: bool
+    use_rts: bool
+    top2_2nd_expert_sampling: bool
+    rsample: bool
+
+
+def jitter(x_TD: Tensor, epsilon: float = 1e-2) -> Tensor:
+    """Multiplies by uniform noise in [1 - epsilon, 1 + epsilon], drawn as torch.distributions.Uniform draws it."""
+    low, high = torch.tensor(1.0 - epsilon, device=x_TD.device), torch.tensor(1.0 + epsilon, device=x_TD.device)
+    return x_TD * torch.distributions.Uniform(low, high).rsample(x_TD.shape)
+
+
+def _gumbel(logits: Tensor) -> Tensor:
+    zero, one = torch.tensor(0.0, device=logits.device), torch.tensor(1.0, device=logits.device)
+    return torch.distributions.Gumbel(zero, one).rsample(logits.shape)
+
+
+def capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_capacity: int) -> int:
+    """ceil(T / E * factor), the product in float32 as DeepSpeed has it, at least min_capacity."""
+    wanted = torch.ceil((num_tokens / num_experts) * torch.tensor(capacity_factor)).to(torch.int64)
+    return max(int(wanted), min_capacity)
+
+
+def _one_hot_mean(mask_TE: Tensor) -> Tensor:
+    return mask_TE.float().mean(0)
+
+
+def deepspeed_gating(
+    logits_TE: Tensor, gating: DeepSpeedGating, used_token_T: Tensor | None = None
+) -> tuple[Routing, Tensor]:
+    """Routes tokens as DeepSpeed does.
+
+    Args:
+        logits_TE: float32 [T, E].
+        gating: the options in force.
+        used_token_T: [T], 0 for tokens that must not be routed; only top-1 looks at it, as in DeepSpeed.
+
+    Returns:
+        The routing, and l_aux: DeepSpeed's load-balancing loss, scalar float32 (0 for a rank without tokens).
+    """
+    if gating.k == 1:
+        routing, l_aux = _top1(logits_TE, gating, used_token_T)
+    elif gating.k == 2:
+        routing, l_aux = _top2(logits_TE, gating)
+    else:
+        routing, l_aux = _topk(logits_TE, gating)
+    # The mean over no tokens is NaN; a rank without tokens contributes no loss, but stays in the graph.
+    return routing, l_aux if logits_TE.shape[0] else logits_TE.sum()
+
+
+def _top1(logits_TE: Tensor, gating: DeepSpeedGating, used_token_T: Tensor | None) -> tuple[Routing, Tensor]:
+    num_tokens, num_experts = logits_TE.shape
+    noisy_TE = logits_TE + _gumbel(logits_TE) if gating.rsample else None
+    gates_TE = F.softmax(logits_TE, dim=1)
+    choice_T = torch.argmax(gates_TE if noisy_TE is None else noisy_TE, dim=1)
+    mask_TE = F.one_hot(choice_T, num_experts)
+    if used_token_T is not None:
+        mask_TE = mask_TE * used_token_T.reshape(-1, 1).to(mask_TE.dtype)
+    counts_E = mask_TE.sum(0)
+    l_aux = (gates_TE.mean(0) * _one_hot_mean(mask_TE)).sum() * num_experts
+
+    # Random token selection draws T * E numbers whether or not anything can be dropped.
+    priority_TE = mask_TE * torch.rand_like(gates_TE) if gating.use_rts else mask_TE
+    if gating.drop_tokens:
+        limit = min(capacity(num_tokens, num_experts, gating.capacity_factor, gating.min_capacity), num_tokens)
+        selected_CE = torch.topk(priority_TE, k=limit, dim=0)[1]
+        mask_TE = mask_TE * torch.zeros_like(mask_TE).scatter_(0, selected_CE, 1)
+    kept_T = mask_TE.sum(1) > 0
+    idx_TK = torch.where(kept_T, choice_T, -1).unsqueeze(1)
+    weight_TK = (gates_TE * mask_TE).sum(1, keepdim=True)
+    return Routing(idx_TK, weight_TK, counts_E), l_aux
+
+
+def _top2(logits_TE: Tensor, gating: DeepSpeedGating) -> tuple[Routing, Tensor]:
+    num_tokens, num_experts = logits_TE.shape
+    gates_TE = F.softmax(logits_TE, dim=1)
+    first_T = torch.argmax(gates_TE, dim=1)
+    first_TE = F.one_hot(first_T, num_experts)
+    with torch.no_grad():
+        noisy_TE = logits_TE + _gumbel(logits_TE) if gating.top2_2nd_expert_sampling else logits_TE
+        second_T = torch.argmax(noisy_TE.masked_fill(first_TE.bool(), float("-inf")), dim=1)
+    second_TE = F.one_hot(second_T, num_experts)
+    counts_E = (first_TE + second_TE).sum(0)
+    l_aux = (gates_TE.mean(0) * _one_hot_mean(first_TE)).mean() * num_experts * num_experts
+
+    if gating.drop_tokens:
+        # First come, first served, and every first choice before every second one.
+        limit = capacity(num_tokens, num_experts, gating.capacity_factor * 2, gating.min_capacity)
+        first_place_TE = torch.cumsum(first_TE, dim=0) - 1
+        second_place_TE = torch.cumsum(second_TE, dim=0) - 1 + first_TE.sum(0, keepdim=True)
+        first_TE = first_TE * (first_place_TE < limit)
+        second_TE = second_TE * (second_place_TE < limit)
+    weight_TK = torch.stack([(gates_TE * first_TE).sum(1), (gates_TE * second_TE).sum(1)], dim=1)
+    kept_TK = torch.stack([first_TE.any(1), second_TE.any(1)], dim=1)
+    idx_TK = torch.where(kept_TK, torch.stack([first_T, second_T], dim=1), -1)
+    return Routing(idx_TK, _over_survivors(weight_TK), counts_E), l_aux
+
+
+def _topk(logits_TE: Tensor, gating: DeepSpeedGating) -> tuple[Routing, Tensor]:
+    num_tokens, num_experts = logits_TE.shape
+    gates_TE = F.softmax(logits_TE, dim=1)
+    gate_TK, choice_TK = torch.topk(gates_TE, k=gating.k, dim=1)
+    mask_TE = torch.zeros_like(gates_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
+    counts_E = mask_TE.sum(0)
+    l_aux = (gates_TE.mean(0) * _one_hot_mean(mask_TE)).mean() * num_experts * num_experts / gating.k
+
+    if gating.drop_tokens:
+        # Each expert keeps its most probable tokens.
+        limit = capacity(num_tokens, num_experts, gating.capacity_factor * gating.k, gating.min_capacity)
+        chosen_TE = torch.zeros_like(gates_TE).scatter(1, choice_TK, gate_TK)
+        selected_CE = torch.topk(chosen_TE, k=min(limit, num_tokens), dim=0, sorted=False)[1]
+        mask_TE = mask_TE & torch.zeros_like(mask_TE).scatter_(0, selected_CE, True)
+    kept_TK = mask_TE.gather(1, choice_TK)
+    idx_TK = torch.where(kept_TK, choice_TK, -1)
+    return Routing(idx_TK, _over_survivors(gate_TK * kept_TK), counts_E), l_aux
+
+
+def _over_survivors(weight_TK: Tensor) -> Tensor:
+    """Renormalises over the routes that survived; a token that lost every route keeps weight 0."""
+    return weight_TK / weight_TK.sum(1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).eps)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The experts of one rank as a module: stacked and fused, or any user's modules run one after another.
+
+Both turn a `Dispatched` into y [R, D], each row the weighted sum of its experts on this rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from flashfusemoe_ds.kernels.activation import get_activation
+from flashfusemoe_ds.kernels.experts import compute_dtype, experts, gather_sum, sort_by_expert
+from flashfusemoe_ds.kernels.grouped_gemm import select_gemm
+from flashfusemoe_ds.types import Dispatched
+
+
+class GroupedExperts(nn.Module):
+    """All experts of a rank in four stacked parameters, computed together.
+
+    Parameters (Transformers v5's layout; a plain activation has `up_proj` [e, F, D] in place of `gate_up_proj`):
+        gate_up_proj [e, 2F, D], down_proj [e, D, F], and with `bias` gate_up_proj_bias [e, 2F], down_proj_bias [e, D].
+
+    Attributes:
+        gemm_backend: None for the fastest that runs, or a name.
+        recompute_activations: keep only X for the backward.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        d_model: int,
+        intermediate_size: int,
+        activation: str,
+        *,
+        up_bias: bool = False,
+        down_bias: bool = False,
+        gemm_backend: str | None = None,
+        recompute_activations: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_local_experts, self.d_model, self.intermediate_size = num_local_experts, d_model, intermediate_size
+        self.activation = get_activation(activation)
+        self.gemm_backend, self.recompute_activations = gemm_backend, recompute_activations
+        width = self.activation.up_width(intermediate_size)
+        self.up_name = "gate_up_proj" if self.activation.gated else "up_proj"
+
+        def stacked(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_local_experts, *shape, device=device, dtype=dtype))
+
+        self.register_parameter(self.up_name, stacked(width, d_model))
+        self.register_parameter(f"{self.up_name}_bias", stacked(width) if up_bias else None)
+        self.register_parameter("down_proj", stacked(d_model, intermediate_size))
+        self.register_parameter("down_proj_bias", stacked(d_model) if down_bias else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """kaiming_uniform for each expert's matrices on its own, as nn.Linear has it; zero biases."""
+        for name, param in self.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                param.zero_()
+            else:
+                for matrix in param:
+                    nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_local_experts={self.num_local_experts}, d_model={self.d_model}, "
+            f"intermediate_size={self.intermediate_size}, activation={self.activation.name}"
+        )
+
+    def flops(self, num_routes: int) -> int:
+        """Floating-point operations of one forward (2 per multiply-add), for profilers."""
+        width = self.activation.up_width(self.intermediate_size)
+        return 2 * num_routes * self.d_model * (width + self.intermediate_size)
+
+    def forward(self, sent: Dispatched) -> Tensor:
+        up, down = getattr(self, self.up_name), self.down_proj
+        up_bias, down_bias = getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
+        x_RD = sent.x_RD
+        if torch.is_autocast_enabled(x_RD.device.type):
+            dtype = torch.get_autocast_dtype(x_RD.device.type)
+            x_RD, up, down = x_RD.to(dtype), up.to(dtype), down.to(dtype)
+            up_bias, down_bias = (b if b is None else b.to(dtype) for b in (up_bias, down_bias))
+        if x_RD.dtype != up.dtype:
+            raise ValueError(f"input is {x_RD.dtype}, the experts' parameters {up.dtype}; cast one or use autocast")
+        widths = (self.d_model, self.intermediate_size, up.shape[1])
+        with torch.autocast(x_RD.device.type, enabled=False):
+            return experts(
+                x_RD,
+                sent.idx_RK,
+                sent.weight_RK,
+                up,
+                down,
+                self.activation,
+                select_gemm(self.gemm_backend, x_RD, widths, self.num_local_experts),
+                b_up_eH=up_bias,
+                b_down_eD=down_bias,
+                num_routes=sent.num_routes,
+                recompute=self.recompute_activations,
+            )
+
+
+class ModuleExperts(nn.Module):
+    """Any modules as experts: dropless, one after another on exactly their own tokens.
+
+    The modules see [1, 1, n, D], the rank that DeepSpeed's experts see, and may return a tuple whose first entry is
+    the output. One without tokens still runs, on n = 0 rows, so that its parameters get zero gradients, not None.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        # The name is DeepSpeed's: its checkpoints address experts by it.
+        self.deepspeed_experts = nn.ModuleList(modules)
+        self.num_local_experts = len(modules)
+
+    def flops(self, num_routes: int) -> int:
+        """0: the modules are ordinary ones, which profilers count by themselves."""
+        return 0
+
+    def forward(self, sent: Dispatched) -> Tensor:
+        order = sort_by_expert(sent.idx_RK, self.num_local_experts, sent.num_routes)
+        ends = order.ends_e.tolist()
+        outputs = []
+        for expert, start, end in zip(self.deepspeed_experts, [0, *ends[:-1]], ends, strict=True):
+            out = expert(sent.x_RD[order.row_N[start:end]].unsqueeze(0).unsqueeze(0))
+            out = out[0] if isinstance(out, tuple) else out
+            outputs.append(out.reshape(end - start, -1))
+        y_ND = torch.cat(outputs)
+        weight_N1 = sent.weight_RK.reshape(-1)[order.route_N[: ends[-1]]].unsqueeze(1)
+        acc = compute_dtype(y_ND.dtype)
+        return gather_sum((y_ND.to(acc) * weight_N1), order.pos_RK).to(y_ND.dtype)

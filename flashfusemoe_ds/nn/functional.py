@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""`fused_moe`: the whole layer as a function of its weights, on one device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flashfusemoe_ds.kernels.activation import get_activation
+from flashfusemoe_ds.kernels.experts import experts
+from flashfusemoe_ds.kernels.grouped_gemm import select_gemm
+from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden
+from flashfusemoe_ds.nn.router import Gating, get_gating, route_with_losses, router_logits
+
+
+def fused_moe(
+    hidden_states: Tensor,
+    gate_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    top_k: int,
+    activation: str = "swiglu",
+    gating: str | Gating = "softmax_topk",
+    aux_loss_coeff: float = 0.0,
+    z_loss_coeff: float = 0.0,
+    recompute_activations: bool = False,
+    gemm_backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Routes every token to its top_k experts and returns the weighted sum of their outputs. Drops nothing.
+
+    Args:
+        hidden_states: [*, D].
+        gate_weight: [E, D]; logits are computed in float32.
+        w_up: [E, 2F, D], gate rows above up rows, for a gated activation; [E, F, D] for a plain one.
+        w_down: [E, D, F].
+        top_k, activation, gating, aux_loss_coeff, z_loss_coeff, recompute_activations, gemm_backend: as in MoELayer.
+
+    Returns:
+        Output [*, D] in the input's dtype, and the losses whose coefficient is positive.
+    """
+    act, variant = get_activation(activation), get_gating(gating)
+    num_experts, d_model = gate_weight.shape
+    check_hidden("fused_moe", hidden_states, d_model, w_up)
+    check_coefficient("aux_loss_coeff", aux_loss_coeff)
+    check_coefficient("z_loss_coeff", z_loss_coeff)
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}; valid: 1 to num_experts ({num_experts})")
+    variant.check(num_experts, top_k)
+    if variant.expert_bias:
+        raise ValueError("gating.expert_bias is True, but fused_moe keeps no state; use MoELayer")
+    intermediate = w_down.shape[2] if w_down.dim() == 3 else -1
+    expected_up = (num_experts, act.up_width(intermediate), d_model)
+    if tuple(w_up.shape) != expected_up or tuple(w_down.shape) != (num_experts, d_model, intermediate):
+        raise ValueError(
+            f"w_up is {tuple(w_up.shape)} and w_down {tuple(w_down.shape)}; with activation {activation!r} and "
+            f"gate_weight {tuple(gate_weight.shape)} they must be [E, {'2F' if act.gated else 'F'}, D] and [E, D, F]"
+        )
+    if w_up.dtype != hidden_states.dtype or w_down.dtype != hidden_states.dtype:
+        raise ValueError(
+            f"hidden_states is {hidden_states.dtype}, w_up {w_up.dtype} and w_down {w_down.dtype}; they must agree"
+        )
+
+    x_TD = hidden_states.reshape(-1, d_model)
+    logits_TE = router_logits(x_TD, gate_weight)
+    routing = route_with_losses(logits_TE, variant, top_k, aux_loss_coeff, z_loss_coeff)
+    gemm = select_gemm(gemm_backend, x_TD, (d_model, intermediate, w_up.shape[1]), num_experts)
+    y_TD = experts(x_TD, routing.idx_TK, routing.weight_TK, w_up, w_down, act, gemm, recompute=recompute_activations)
+    return y_TD.reshape(hidden_states.shape), routing.losses

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""MoELayer: route, dispatch, experts, combine, and what runs beside them. Knows no DeepSpeed engine.
+
+x [*, D]
+  router                 who goes where, and how much it counts
+  latent down (optional) [T, D] -> [T, latent]
+  dispatch               tokens to the ranks of their experts
+  experts                fused grouped MLPs
+  combine                sums back to their tokens
+  latent up (optional)   [T, latent] -> [T, D]
+  + shared experts (optional)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flashfusemoe_ds.dispatch.base import Dispatcher, combine, dispatch
+from flashfusemoe_ds.dispatch.local import LocalDispatcher
+from flashfusemoe_ds.dispatch.select import check_ep_backend, make_dispatcher
+from flashfusemoe_ds.kernels.activation import get_activation
+from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden, check_positive
+from flashfusemoe_ds.nn.experts import GroupedExperts
+from flashfusemoe_ds.nn.router import Gating, Router, limit_routes
+from flashfusemoe_ds.nn.shared import SharedExperts
+from flashfusemoe_ds.types import Routing
+
+
+class MoELayer(nn.Module):
+    """A Mixture-of-Experts feed-forward layer, dropless unless told otherwise.
+
+    Args:
+        d_model: D, the hidden size.
+        ffn_dim: width of the up-projection: gate and up stacked (F = ffn_dim // 2) for a gated activation, F for a
+            plain one.
+        num_experts: E, routed experts over all ranks.
+        top_k: experts per token.
+        activation: swiglu, geglu, geglu_tanh, reglu, relu_squared (gated), silu, gelu, gelu_tanh, relu (plain).
+        gating: a name or a `Gating`.
+        num_shared_experts: MLPs of the same shape that every token passes.
+        latent_dim: run dispatch and experts in this smaller hidden size, between two learnt projections.
+        capacity_factor: at most ceil(T * K / E * capacity_factor) routes of this rank per expert.
+        max_tokens_per_expert: the same limit as a number; with both, the smaller holds.
+        allow_dropped_tokens: whether routes over the limit are dropped (smallest weights first). If not, exceeding it
+            raises RuntimeError on every rank.
+        aux_loss_coeff, z_loss_coeff: `losses` holds "aux_loss" and "z_loss", times these, only where positive.
+        recompute_activations: keep only the experts' input for the backward.
+
+    Initialisation: gate kaiming_uniform times 0.01, every expert's matrices kaiming_uniform on their own.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        ffn_dim: int,
+        num_experts: int,
+        top_k: int,
+        activation: str = "swiglu",
+        gating: str | Gating = "softmax_topk",
+        num_shared_experts: int = 0,
+        latent_dim: int | None = None,
+        capacity_factor: float | None = None,
+        max_tokens_per_expert: int | None = None,
+        allow_dropped_tokens: bool = False,
+        aux_loss_coeff: float = 0.0,
+        z_loss_coeff: float = 0.0,
+        recompute_activations: bool = False,
+        gemm_backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("d_model", d_model), ("ffn_dim", ffn_dim), ("num_experts", num_experts)):
+            check_positive(name, value)
+        for name, value in (("latent_dim", latent_dim), ("max_tokens_per_expert", max_tokens_per_expert)):
+            if value is not None:
+                check_positive(name, value)
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ValueError(f"capacity_factor is {capacity_factor}; it must be positive, or None for no limit")
+        check_coefficient("aux_loss_coeff", aux_loss_coeff)
+        check_coefficient("z_loss_coeff", z_loss_coeff)
+        if num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts is {num_shared_experts}; it must be 0 or more")
+        gated = get_activation(activation).gated
+        if gated and ffn_dim % 2:
+            raise ValueError(f"ffn_dim is {ffn_dim}; with the gated activation {activation!r} it must be even")
+
+        self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k
+        self.capacity_factor, self.max_tokens_per_expert = capacity_factor, max_tokens_per_expert
+        self.allow_dropped_tokens = allow_dropped_tokens
+        intermediate = ffn_dim // 2 if gated else ffn_dim
+        width = latent_dim or d_model
+        self.router = Router(d_model, num_experts, top_k, gating, aux_loss_coeff, z_loss_coeff)
+        self.experts = GroupedExperts(
+            num_experts,
+            width,
+            intermediate,
+            activation,
+            gemm_backend=gemm_backend,
+            recompute_activations=recompute_activations,
+        )
+        self.latent_down = nn.Linear(d_model, latent_dim, bias=False) if latent_dim else None
+        self.latent_up = nn.Linear(latent_dim, d_model, bias=False) if latent_dim else None
+        self.shared_experts = (
+            SharedExperts(num_shared_experts, d_model, intermediate, activation) if num_shared_experts else None
+        )
+        self.ep_group: dist.ProcessGroup | None = None
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    @property
+    def expert_params(self) -> list[nn.Parameter]:
+        """Parameters of this rank's routed experts, which must not be averaged over the expert-parallel group."""
+        return list(self.experts.parameters())
+
+    def shard_experts(self, ep_group: dist.ProcessGroup, ep_backend: str = "nccl") -> MoELayer:
+        """Keeps this rank's share of the experts and exchanges tokens with the group's other ranks.
+
+        Call it once, on every rank, before an optimizer is built. Rank p keeps experts [p * e, (p + 1) * e) of the
+        layer it holds, so ranks that start from equal weights hold the parts of one layer. The parameters are marked
+        `allreduce = False`: their gradients already cover the whole group's tokens.
+
+        Raises:
+            ValueError: the group's size does not divide num_experts, the backend cannot run, or it is sharded already.
+            ImportError: the backend's package is missing.
+        """
+        if self.ep_group is not None:
+            raise ValueError("shard_experts was already called on this layer")
+        check_ep_backend(ep_backend)
+        ep_size, rank = dist.get_world_size(ep_group), dist.get_rank(ep_group)
+        if self.num_experts % ep_size:
+            raise ValueError(f"ep_group has {ep_size} ranks; its size must divide num_experts ({self.num_experts})")
+        local = self.num_experts // ep_size
+        for name, param in list(self.experts.named_parameters()):
+            kept = nn.Parameter(param.detach()[rank * local : (rank + 1) * local].clone(), param.requires_grad)
+            kept.allreduce = False
+            setattr(self.experts, name, kept)
+        self.experts.num_local_experts = local
+        self.ep_group = ep_group
+        self.dispatcher = make_dispatcher(ep_backend, ep_group, self.num_experts)
+        return self
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """[*, D] -> ([*, D], losses). Losses are scalar float32 means over this rank's tokens.
+
+        Raises:
+            ValueError: wrong hidden size, device or dtype.
+            RuntimeError: an expert exceeds its limit and dropping is not allowed.
+        """
+        check_hidden("MoELayer", hidden_states, self.d_model, self.router.weight)
+        x_TD = hidden_states.reshape(-1, self.d_model)
+        routing = self._limited(self.router(x_TD))
+        sent = dispatch(self.dispatcher, x_TD if self.latent_down is None else self.latent_down(x_TD), routing)
+        y_TD = combine(self.dispatcher, self.experts(sent), sent.handle)
+        if self.latent_up is not None:
+            y_TD = self.latent_up(y_TD)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD.reshape(hidden_states.shape), routing.losses
+
+    @torch.no_grad()
+    def update_expert_bias(self, group: dist.ProcessGroup | None = None) -> None:
+        """One step of aux-loss-free balancing; call after the optimizer's step.
+
+        Args:
+            group: ranks whose tokens count, usually the data-parallel group; None counts this rank alone.
+        """
+        if group is not None:
+            dist.all_reduce(self.router.routed_counts, group=group)
+        self.router.update_expert_bias()
+
+    def _limited(self, routing: Routing) -> Routing:
+        """Applies capacity_factor and max_tokens_per_expert."""
+        limits = [] if self.max_tokens_per_expert is None else [self.max_tokens_per_expert]
+        if self.capacity_factor is not None:
+            limits.append(-int(-(routing.idx_TK.numel() * self.capacity_factor) // self.num_experts))
+        if not limits:
+            return routing
+        if self.allow_dropped_tokens:
+            return limit_routes(routing, min(limits))
+        self._refuse_overflow(routing.counts_E, min(limits))
+        return routing
+
+    def _refuse_overflow(self, counts_E: Tensor, limit: int) -> None:
+        """Raises on every rank of the group if any of them exceeds the limit, so that none waits for another."""
+        # Excess and count in one integer, so that one MAX over ranks returns a pair that belongs together.
+        worst_E = (counts_E - limit) * 2**32 + counts_E
+        if self.ep_group is not None:
+            dist.all_reduce(worst_E, op=dist.ReduceOp.MAX, group=self.ep_group)
+        expert = int(worst_E.argmax())
+        excess, most = divmod(int(worst_E[expert]), 2**32)
+        if excess > 0:
+            raise RuntimeError(
+                f"expert {expert} was chosen {most} times on one rank, where its limit is {most - excess} "
+                f"(max_tokens_per_expert={self.max_tokens_per_expert}, capacity_factor={self.capacity_factor}); raise "
+                "the limit, set allow_dropped_tokens=True, or leave both limits out to drop nothing"
+            )
+
+    def extra_repr(self) -> str:
+        shown: dict[str, Any] = {"d_model": self.d_model, "num_experts": self.num_experts, "top_k": self.top_k}
+        return ", ".join(f"{k}={v}" for k, v in shown.items()) + f", dispatch={self.dispatcher.name}"

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The router of MoELayer: scores, top-k, weights, losses. Float32 throughout, whatever the model's dtype.
+
+One `Gating` describes every published variant the package knows:
+
+    Mixtral          softmax over the chosen k logits      Gating(score="softmax", order="after_topk")
+    OLMoE            softmax over all, weights as they are Gating(score="softmax")
+    Qwen3-MoE        the same, renormalised over the k     Gating(score="softmax", renormalize=True)
+    DeepSeek-V3      sigmoid, bias, groups, renormalised   Gating(score="sigmoid", renormalize=True, expert_bias=True,
+                     and scaled                                   scaling_factor=2.5, num_groups=8, top_groups=4)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashfusemoe_ds.nn.losses import balanced_bias, load_balancing_loss, router_z_loss
+from flashfusemoe_ds.types import Routing
+
+SCORES = ("softmax", "sigmoid")
+ORDERS = ("before_topk", "after_topk")
+GROUP_SCORES = ("top2_sum", "max")
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How logits become experts and weights.
+
+    Attributes:
+        score: "softmax" or "sigmoid".
+        order: score all E logits "before_topk", or only the chosen ones "after_topk".
+        renormalize: divide the k weights by their sum.
+        scaling_factor: multiplies the weights last.
+        num_groups: experts form this many equal groups, of which `top_groups` may be chosen from (0: no groups).
+        top_groups: groups open to each token.
+        group_score: rank groups by the sum of their two best scores ("top2_sum", DeepSeek-V3) or by their best
+            ("max", DeepSeek-V2).
+        expert_bias: add a bias to the scores for choosing only, moved by `MoELayer.update_expert_bias`.
+        bias_update_rate: step of that bias.
+    """
+
+    score: str = "softmax"
+    order: str = "before_topk"
+    renormalize: bool = False
+    scaling_factor: float = 1.0
+    num_groups: int = 0
+    top_groups: int = 0
+    group_score: str = "top2_sum"
+    expert_bias: bool = False
+    bias_update_rate: float = 1e-3
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raises ValueError naming the field, its value and the valid ones."""
+        for name, valid in (("score", SCORES), ("order", ORDERS), ("group_score", GROUP_SCORES)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"gating.{name} is {getattr(self, name)!r}; valid: {', '.join(valid)}")
+        if not math.isfinite(self.scaling_factor) or self.scaling_factor <= 0:
+            raise ValueError(f"gating.scaling_factor is {self.scaling_factor}; it must be positive")
+        if self.num_groups < 0 or (self.num_groups and num_experts % self.num_groups):
+            raise ValueError(f"gating.num_groups is {self.num_groups}; it must divide num_experts ({num_experts})")
+        if self.num_groups and not 0 < self.top_groups <= self.num_groups:
+            raise ValueError(f"gating.top_groups is {self.top_groups}; valid: 1 to num_groups ({self.num_groups})")
+        per_group = num_experts // self.num_groups if self.num_groups else num_experts
+        if self.num_groups and top_k > self.top_groups * per_group:
+            raise ValueError(
+                f"top_k is {top_k}, but gating.top_groups={self.top_groups} groups of {per_group} hold fewer"
+            )
+
+
+GATINGS: dict[str, Gating] = {
+    "softmax": Gating(),
+    "softmax_renorm": Gating(renormalize=True),
+    "softmax_topk": Gating(order="after_topk"),
+    "sigmoid": Gating(score="sigmoid"),
+    "sigmoid_renorm": Gating(score="sigmoid", renormalize=True),
+}
+
+
+def get_gating(gating: str | Gating) -> Gating:
+    """A Gating, or one of the named ones; ValueError lists the names."""
+    if isinstance(gating, Gating):
+        return gating
+    if gating not in GATINGS:
+        raise ValueError(f"gating {gating!r} is unknown; valid: {', '.join(GATINGS)}, or a Gating(...)")
+    return GATINGS[gating]
+
+
+def _within_top_groups(choice_TE: Tensor, gating: Gating) -> Tensor:
+    """Sets to -inf the experts outside each token's best groups."""
+    num_tokens, num_experts = choice_TE.shape
+    grouped = choice_TE.view(num_tokens, gating.num_groups, num_experts // gating.num_groups)
+    best = min(2 if gating.group_score == "top2_sum" else 1, grouped.shape[2])
+    group_score = grouped.topk(best, dim=2)[0].sum(2)
+    top = group_score.topk(gating.top_groups, dim=1)[1]
+    open_groups = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, top, True)
+    return grouped.masked_fill(~open_groups.unsqueeze(2), float("-inf")).view(num_tokens, num_experts)
+
+
+def route(
+    logits_TE: Tensor, gating: Gating, top_k: int, bias_E: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses experts and weighs them.
+
+    Args:
+        logits_TE: float32 (or float64) [T, E].
+        bias_E: added to the scores for choosing, never for weighing; with order "after_topk" to the logits.
+
+    Returns:
+        idx_TK int64, weight_TK in the logits' dtype, and probs_TE: the scores as probabilities (rows sum to 1) for the
+        balancing loss.
+    """
+    if gating.score == "softmax":
+        scores_TE = F.softmax(logits_TE, dim=1)
+        probs_TE = scores_TE
+    else:
+        scores_TE = torch.sigmoid(logits_TE)
+        # An all-zero row (every logit far below 0) has no distribution; the floor keeps it from dividing by 0.
+        probs_TE = scores_TE / scores_TE.sum(1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)
+    with torch.no_grad():
+        choice_TE = logits_TE if gating.order == "after_topk" else scores_TE
+        if bias_E is not None:
+            choice_TE = choice_TE + bias_E
+        if gating.num_groups:
+            choice_TE = _within_top_groups(choice_TE, gating)
+        idx_TK = choice_TE.topk(top_k, dim=1)[1]
+    if gating.order == "after_topk":
+        chosen_TK = logits_TE.gather(1, idx_TK)
+        weight_TK = F.softmax(chosen_TK, dim=1) if gating.score == "softmax" else torch.sigmoid(chosen_TK)
+    else:
+        weight_TK = scores_TE.gather(1, idx_TK)
+    if gating.renormalize:
+        weight_TK = weight_TK / weight_TK.sum(1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).tiny)
+    return idx_TK, weight_TK * gating.scaling_factor, probs_TE
+
+
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """[T, E] in float32 for every 16-bit and 32-bit input; float64 stays, so that it can be checked against."""
+    dtype = torch.float64 if x_TD.dtype is torch.float64 else torch.float32
+    return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+
+
+def route_with_losses(
+    logits_TE: Tensor,
+    gating: Gating,
+    top_k: int,
+    aux_loss_coeff: float,
+    z_loss_coeff: float,
+    bias_E: Tensor | None = None,
+) -> Routing:
+    """Logits -> Routing, with each loss whose coefficient is positive."""
+    idx_TK, weight_TK, probs_TE = route(logits_TE, gating, top_k, bias_E)
+    counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int64, device=idx_TK.device)
+    counts_E.scatter_add_(0, idx_TK.reshape(-1), torch.ones_like(idx_TK).reshape(-1))
+    losses: dict[str, Tensor] = {}
+    if aux_loss_coeff > 0:
+        losses["aux_loss"] = aux_loss_coeff * load_balancing_loss(probs_TE, counts_E, top_k)
+    if z_loss_coeff > 0:
+        losses["z_loss"] = z_loss_coeff * router_z_loss(logits_TE)
+    return Routing(idx_TK, weight_TK, counts_E, losses)
+
+
+class Router(nn.Module):
+    """Linear gate followed by `route`, with the losses whose coefficient is positive.
+
+    Attributes:
+        weight: [E, D], initialised kaiming_uniform times 0.01, so that routing starts nearly balanced.
+        expert_bias: float32 buffer [E], present if gating.expert_bias.
+        routed_counts: int64 buffer [E], routes since the last bias update; not saved.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        gating: str | Gating = "softmax_topk",
+        aux_loss_coeff: float = 0.0,
+        z_loss_coeff: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.num_experts = top_k, num_experts
+        self.gating = get_gating(gating)
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k is {top_k}; valid: 1 to num_experts ({num_experts})")
+        self.gating.check(num_experts, top_k)
+        self.aux_loss_coeff, self.z_loss_coeff = aux_loss_coeff, z_loss_coeff
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        if self.gating.expert_bias:
+            self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32))
+            self.register_buffer("routed_counts", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        with torch.no_grad():
+            self.weight.mul_(0.01)
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = router_logits(x_TD, self.weight)
+            bias_E = self.expert_bias if self.gating.expert_bias else None
+            routing = route_with_losses(
+                logits_TE, self.gating, self.top_k, self.aux_loss_coeff, self.z_loss_coeff, bias_E
+            )
+        if self.gating.expert_bias and self.training:
+            # A recomputed forward counts twice; the sign in the update rule does not see a common factor.
+            self.routed_counts += routing.counts_E
+        return routing
+
+    @torch.no_grad()
+    def update_expert_bias(self) -> None:
+        """Moves the bias one step from `routed_counts` (sum them over ranks first) and resets the counts."""
+        if not self.gating.expert_bias:
+            raise ValueError("gating.expert_bias is False; there is no bias to update")
+        self.expert_bias.copy_(balanced_bias(self.expert_bias, self.routed_counts, self.gating.bias_update_rate))
+        self.routed_counts.zero_()
+
+
+def limit_routes(routing: Routing, limit: int) -> Routing:
+    """Drops each expert's routes beyond `limit` on this rank: its largest weights stay, earlier tokens first if equal.
+
+    Weights of the survivors are left as they are.
+    """
+    idx_TK, num_experts = routing.idx_TK, routing.counts_E.numel()
+    flat = idx_TK.reshape(-1)
+    key = torch.where(flat < 0, num_experts, flat)
+    by_weight = torch.argsort(routing.weight_TK.detach().reshape(-1), descending=True, stable=True)
+    order = by_weight[torch.argsort(key[by_weight], stable=True)]
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, key, torch.ones_like(key))
+    start = counts.cumsum(0) - counts
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device) - start[key[order]]
+    kept_TK = ((place < limit) & (flat >= 0)).view_as(idx_TK)
+    return Routing(
+        torch.where(kept_TK, idx_TK, -1), torch.where(kept_TK, routing.weight_TK, 0), routing.counts_E, routing.losses
+    )

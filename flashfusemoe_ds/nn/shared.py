@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Shared experts: MLPs that every token passes, beside the routed ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashfusemoe_ds.kernels.activation import get_activation
+
+
+class SharedExperts(nn.Module):
+    """The sum of `num_shared_experts` MLPs of the routed experts' shape, as two stacked products.
+
+    Parameters: gate_up_proj [n, 2F, D] (up_proj [n, F, D] for a plain activation) and down_proj [n, D, F].
+    """
+
+    def __init__(self, num_shared_experts: int, d_model: int, intermediate_size: int, activation: str) -> None:
+        super().__init__()
+        self.activation = get_activation(activation)
+        width = self.activation.up_width(intermediate_size)
+        self.up_name = "gate_up_proj" if self.activation.gated else "up_proj"
+        self.register_parameter(self.up_name, nn.Parameter(torch.empty(num_shared_experts, width, d_model)))
+        self.down_proj = nn.Parameter(torch.empty(num_shared_experts, d_model, intermediate_size))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for param in self.parameters():
+            for matrix in param:
+                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        up = getattr(self, self.up_name)
+        h_TnH = F.linear(x_TD, up.flatten(0, 1)).unflatten(1, (up.shape[0], up.shape[1]))
+        # One product adds the experts up: its inner dimension runs over all of them.
+        return F.linear(self.activation.forward(h_TnH).flatten(1), self.down_proj.transpose(0, 1).flatten(1))
