@@ -10,7 +10,7 @@ Shape legend, used as suffixes of tensor names all over the package (`x_TD` is [
     H  width of the up-projection's output: 2F for gated activations, F for plain ones
     P  ranks of the expert-parallel group (ep_size)
 
-The data flow is `router -> Routing -> dispatch -> Dispatched -> experts -> combine`; the capitalised are these classes.
+The data flow is `router -> Routing -> dispatch -> Dispatched -> experts -> combine`, capitals being these classes.
 """
 
 from __future__ import annotations

@@ -64,18 +64,19 @@ class NcclDispatcher:
         routes_TP = (rank_TK.unsqueeze(2) == ranks_P).sum(1)
         exchange, num_routes = self._exchange_counts(routes_TP, max_rows=idx_TK.shape[1])
 
+        top_k = idx_TK.shape[1]
         # Each sent row carries its token's ids, made local to the destination; other ranks' routes become -1.
         idx_SK, dest_S1 = idx_TK[exchange.token_S], exchange.dest_S.unsqueeze(1)
         mine_SK = rank_TK[exchange.token_S] == dest_S1
         idx_SK = torch.where(mine_SK, idx_SK - dest_S1 * self.num_local_experts, -1)
-        top_k = idx_TK.shape[1]
-        words_SW = torch.cat([idx_SK.to(torch.int32), weight_TK[exchange.token_S].view(torch.int32)], dim=1)
+        # Weights first: a view as a wider type needs an aligned start.
+        words_SW = torch.cat([weight_TK[exchange.token_S].view(torch.int32), idx_SK.to(torch.int32)], dim=1)
         words_RW = self._all_to_all(words_SW, exchange.recv_counts, exchange.send_counts)
 
         return Dispatched(
             x_RD=self.redispatch(x_TD, exchange),
-            idx_RK=words_RW[:, :top_k].long(),
-            weight_RK=words_RW[:, top_k:].contiguous().view(weight_TK.dtype),
+            idx_RK=words_RW[:, -top_k:].long(),
+            weight_RK=words_RW[:, :-top_k].contiguous().view(weight_TK.dtype),
             num_routes=num_routes,
             handle=exchange,
         )

@@ -41,8 +41,8 @@ def initialize(
     """deepspeed.initialize with the config's "flashfusemoe" section put into effect.
 
     Arguments and the returned (engine, optimizer, dataloader, lr_scheduler) are deepspeed.initialize's. Before it
-    runs, the section is checked, stock MoE layers become fused ones (`replace_moe`) with `model_parameters` or a client
-    optimizer carried over, and, at ZeRO stages 1 and 2, overlap_comm is set where the config leaves it out.
+    runs, the section is checked, stock MoE layers become fused ones (`replace_moe`) with `model_parameters` or a
+    client optimizer carried over, and, at ZeRO stages 1 and 2, overlap_comm is set where the config leaves it out.
 
     Raises:
         ValueError, ImportError: the section is wrong or cannot be met on this machine; before any collective.

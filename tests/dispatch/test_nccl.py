@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The all-to-all transport on gloo ranks, in float64, against the dense layer: values and all gradients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flashfusemoe_ds.dispatch.base import combine, dispatch
+from flashfusemoe_ds.dispatch.nccl import NcclDispatcher
+from flashfusemoe_ds.dispatch.select import make_dispatcher
+from flashfusemoe_ds.kernels import reference
+from flashfusemoe_ds.kernels.activation import ACTIVATIONS
+from flashfusemoe_ds.kernels.experts import experts
+from flashfusemoe_ds.kernels.grouped_gemm import ReferenceGemm
+from flashfusemoe_ds.nn.moe_layer import MoELayer
+from flashfusemoe_ds.types import Routing
+from tests.close import relative_error
+from tests.distributed import run_ranks
+
+CASES = ("even", "uneven", "a rank without tokens", "no tokens at all", "all to rank 0", "dropped", "all dropped")
+D, F = 6, 5
+
+
+class CountingComm:
+    """torch.distributed with a tally of its collectives."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def get_world_size(self, group: Any) -> int:
+        return dist.get_world_size(group)
+
+    def all_to_all_single(self, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls[str(output.dtype).removeprefix("torch.")] += 1
+        return dist.all_to_all_single(output, *args, **kwargs)
+
+
+def tokens_and_routes(case: str, rank: int, world: int, top_k: int, num_experts: int):
+    g = torch.Generator().manual_seed(100 + rank)
+    tokens = {"uneven": 3 + 5 * rank, "a rank without tokens": 0 if rank == world - 1 else 7, "no tokens at all": 0}
+    rows = tokens.get(case, 8)
+    scores = torch.rand(rows, num_experts, generator=g)
+    if case == "all to rank 0":
+        scores[:, num_experts // world :] -= 1
+    idx = scores.topk(top_k, dim=1)[1]
+    if case == "dropped":
+        idx[torch.rand(rows, top_k, generator=g) < 0.4] = -1
+    if case == "all dropped":
+        idx[:] = -1
+    x = torch.randn(rows, D, generator=g, dtype=torch.float64)
+    return x, torch.rand(rows, top_k, generator=g, dtype=torch.float64), idx
+
+
+def weights(num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    up = torch.randn(num_experts, 2 * F, D, generator=g, dtype=torch.float64)
+    return up, torch.randn(num_experts, D, F, generator=g, dtype=torch.float64)
+
+
+def one_case(rank: int, world: int, case: str, top_k: int, num_experts: int) -> float:
+    """Largest relative error of this rank's output and gradients."""
+    x, weight, idx = tokens_and_routes(case, rank, world, top_k, num_experts)
+    up, down = weights(num_experts)
+    local = slice(rank * num_experts // world, (rank + 1) * num_experts // world)
+    comm = CountingComm()
+    dispatcher = NcclDispatcher(dist.group.WORLD, num_experts, comm)
+    g = torch.Generator().manual_seed(7)
+
+    leaves = [x.requires_grad_(), weight.requires_grad_(), up[local].clone().requires_grad_(),
+              down[local].clone().requires_grad_()]  # fmt: skip
+    sent = dispatch(dispatcher, leaves[0], Routing(idx, leaves[1], torch.zeros(num_experts, dtype=torch.long)))
+    assert sent.num_routes == int((sent.idx_RK >= 0).sum())
+    y = experts(sent.x_RD, sent.idx_RK, sent.weight_RK, leaves[2], leaves[3], ACTIVATIONS["swiglu"], ReferenceGemm(),
+                num_routes=sent.num_routes)  # fmt: skip
+    out = combine(dispatcher, y, sent.handle)
+    assert comm.calls == {"int64": 1, "int32": 1, "float64": 2}, "one count, one metadata, one row exchange each way"
+    (out * torch.randn(out.shape, generator=g, dtype=torch.float64)).sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+
+    # The dense layer over every rank's tokens: this rank's share of the output, and the sum of all ranks' gradients.
+    dense = [up.requires_grad_(), down.requires_grad_()]
+    for r in range(world):
+        xr, wr, idr = tokens_and_routes(case, r, world, top_k, num_experts)
+        xr.requires_grad_(), wr.requires_grad_()
+        expected = reference.experts(xr, idr, wr, *dense, "swiglu")
+        direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        (expected * direction).sum().backward()
+        if r == rank:
+            mine = [expected, xr.grad, torch.where(idr >= 0, wr.grad, 0)]
+    mine += [dense[0].grad[local], dense[1].grad[local]]
+    actual = [out, *(leaf.grad for leaf in leaves)]
+    return max(relative_error(a, b) for a, b in zip(actual, mine, strict=True))
+
+
+def every_case(rank: int, world: int) -> dict[str, float]:
+    return {
+        f"{case}, K={top_k}, E={num_experts}": one_case(rank, world, case, top_k, num_experts)
+        for case in CASES
+        for top_k, num_experts in ((1, world), (2, 8), (8, 8), (3, 4 * world))
+    }
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_equals_the_dense_layer_in_float64(world: int) -> None:
+    for errors in run_ranks(world, every_case):
+        assert {name: e for name, e in errors.items() if not e < 1e-12} == {}
+
+
+def rows_received(rank: int, world: int) -> tuple[int, list[list[int]], list[list[float]]]:
+    """Rank 0 sends three tokens: experts {0, 1} on rank 0, {2, 3} on rank 1, {0, 3} on both."""
+    idx = torch.tensor([[0, 1], [2, 3], [0, 3]]) if rank == 0 else torch.zeros(0, 2, dtype=torch.long)
+    x = torch.arange(3.0)[: len(idx), None].repeat(1, 2)
+    weight = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])[: len(idx)]
+    sent = NcclDispatcher(dist.group.WORLD, 4).dispatch(x, idx, weight)
+    return sent.idx_RK.tolist(), sent.x_RD[:, 0].tolist(), sent.weight_RK.tolist()
+
+
+def test_a_token_crosses_once_per_rank_not_once_per_expert() -> None:
+    (idx0, x0, w0), (idx1, x1, w1) = run_ranks(2, rows_received)
+    assert (idx0, x0) == ([[0, 1], [0, -1]], [0.0, 2.0])
+    assert (idx1, x1) == ([[0, 1], [-1, 1]], [1.0, 2.0])
+    # float32 weights arrive bit for bit.
+    assert torch.equal(torch.tensor(w0)[0], torch.tensor([0.1, 0.2]))
+    assert torch.equal(torch.tensor(w1)[1], torch.tensor([0.5, 0.6]))
+
+
+def large_ids_in_bf16(rank: int, world: int) -> bool:
+    """Ids above 256 would not survive a bf16 payload."""
+    idx = torch.tensor([[1023, 513], [257, 767]])
+    sent = NcclDispatcher(dist.group.WORLD, 1024).dispatch(
+        torch.ones(2, 8, dtype=torch.bfloat16), idx, torch.full((2, 2), 1 / 3)
+    )
+    ids = sent.idx_RK[sent.idx_RK >= 0] + 512 * rank
+    return sorted(ids.tolist()) == ([257, 257] if rank == 0 else [513, 513, 767, 767, 1023, 1023])
+
+
+def test_large_expert_ids_survive() -> None:
+    assert run_ranks(2, large_ids_in_bf16) == [True, True]
+
+
+def sharded_layer(rank: int, world: int) -> tuple[float, list[str]]:
+    """MoELayer.shard_experts against the same layer whole, latent, shared and recompute included; and its errors."""
+    torch.manual_seed(0)
+    layer = MoELayer(8, 16, 8, 3, num_shared_experts=1, latent_dim=4, recompute_activations=True,
+                     gating="softmax").double()  # fmt: skip
+    whole = MoELayer(8, 16, 8, 3, num_shared_experts=1, latent_dim=4, gating="softmax").double()
+    whole.load_state_dict(layer.state_dict())
+    layer.shard_experts(dist.group.WORLD)
+    local = slice(rank * 8 // world, (rank + 1) * 8 // world)
+
+    xs = [torch.randn(5 + r, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(world)]
+    x = xs[rank].clone().requires_grad_()
+    layer(x)[0].sin().sum().backward()
+    for r in range(world):
+        leaf = xs[r].clone().requires_grad_()
+        whole(leaf)[0].sin().sum().backward()
+        if r == rank:
+            expected_dx = leaf.grad
+    errors = [relative_error(x.grad, expected_dx)]
+    for name, p in layer.named_parameters():
+        grad = p.grad.clone()
+        expected = dict(whole.named_parameters())[name].grad
+        if name.startswith("experts."):
+            assert p.allreduce is False
+            expected = expected[local]
+        else:
+            dist.all_reduce(grad)
+        errors.append(relative_error(grad, expected))
+
+    said = []
+    for attempt in (
+        lambda: layer.shard_experts(dist.group.WORLD),
+        lambda: MoELayer(8, 16, world + 1, 1).shard_experts(dist.group.WORLD),
+        lambda: MoELayer(8, 16, 8, 1).shard_experts(dist.group.WORLD, ep_backend="symm_mem"),
+        lambda: overflowing(rank),
+    ):
+        try:
+            attempt()
+            said.append("nothing")
+        except (ValueError, RuntimeError) as error:
+            said.append(str(error))
+    return max(errors), said
+
+
+def overflowing(rank: int) -> None:
+    """Only rank 0 overflows; every rank must raise."""
+    torch.manual_seed(0)
+    layer = MoELayer(8, 16, 8, 1, max_tokens_per_expert=4).shard_experts(dist.group.WORLD)
+    with torch.no_grad():
+        layer.router.weight.fill_(-1.0)[5] = 1.0
+    layer(torch.rand(9 if rank == 0 else 2, 8))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_layer(world: int) -> None:
+    for error, said in run_ranks(world, sharded_layer):
+        assert error < 1e-12
+        assert said[0] == "shard_experts was already called on this layer"
+        assert f"ep_group has {world} ranks; its size must divide num_experts ({world + 1})" in said[1]
+        assert said[2].startswith("ep_backend 'symm_mem' cannot be used: ")
+        assert said[3].startswith("expert 5 was chosen 9 times on one rank, where its limit is 4 ")
+
+
+def bias_update(rank: int, world: int) -> list[float]:
+    from flashfusemoe_ds import Gating
+
+    layer = MoELayer(8, 16, 4, 1, gating=Gating(score="sigmoid", expert_bias=True, bias_update_rate=0.5))
+    layer.shard_experts(dist.group.WORLD)
+    layer.router.routed_counts += torch.tensor([4, 0, 0, 0]) if rank == 0 else torch.tensor([0, 4, 8, 0])
+    layer.update_expert_bias(dist.group.WORLD)
+    return layer.router.expert_bias.tolist()
+
+
+def test_bias_follows_the_load_of_all_ranks() -> None:
+    assert run_ranks(2, bias_update) == [[0.0, 0.0, -0.5, 0.5]] * 2
+
+
+def test_one_rank_needs_no_transport() -> None:
+    assert make_dispatcher("nccl", None, 8).name == "local"
+    group = SimpleNamespace()
+    comm = SimpleNamespace(get_world_size=lambda group: 1)
+    assert make_dispatcher("nccl", group, 8, comm).name == "local"

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""MoELayer and fused_moe against a dense float64 layer made of the reference's pieces; limits; initialisation."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashfusemoe_ds import Gating, MoELayer, fused_moe
+from flashfusemoe_ds.kernels import reference
+from flashfusemoe_ds.nn.router import route
+from tests.close import relative_error
+
+WIDE = Gating(score="sigmoid", renormalize=True, scaling_factor=1.5, num_groups=4, top_groups=2, expert_bias=True)
+
+
+def make_layer(**changes) -> MoELayer:
+    torch.manual_seed(0)
+    settings = dict(d_model=16, ffn_dim=24, num_experts=8, top_k=2, aux_loss_coeff=0.1, z_loss_coeff=0.01)
+    layer = MoELayer(**{**settings, **changes}).double()
+    with torch.no_grad():
+        layer.router.weight.mul_(100)  # as initialised, all logits are nearly equal
+    return layer
+
+
+def dense_forward(layer: MoELayer, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same layer with every expert on every token."""
+    flat, activation = x.reshape(-1, layer.d_model), layer.experts.activation.name
+    logits = flat @ layer.router.weight.T
+    bias = layer.router.expert_bias if layer.router.gating.expert_bias else None
+    idx, weight, probs = route(logits, layer.router.gating, layer.top_k, bias)
+    rows = flat if layer.latent_down is None else flat @ layer.latent_down.weight.T
+    up = getattr(layer.experts, layer.experts.up_name)
+    y = reference.experts(rows, idx, weight, up, layer.experts.down_proj, activation)
+    if layer.latent_up is not None:
+        y = y @ layer.latent_up.weight.T
+    if layer.shared_experts is not None:
+        shared = layer.shared_experts
+        for w_up, w_down in zip(getattr(shared, shared.up_name), shared.down_proj, strict=True):
+            y = y + reference.activate(flat @ w_up.T, activation) @ w_down.T
+    losses = {
+        "aux_loss": layer.router.aux_loss_coeff * reference.switch_aux_loss(probs, idx),
+        "z_loss": layer.router.z_loss_coeff * reference.z_loss(logits),
+    }
+    return y.reshape(x.shape), losses
+
+
+CASES = {
+    "plain": {},
+    "gelu": {"activation": "gelu"},
+    "recompute": {"recompute_activations": True},
+    "shared": {"num_shared_experts": 1},
+    "two shared, plain": {"num_shared_experts": 2, "activation": "relu"},
+    "latent": {"latent_dim": 8},
+    "all of it": {"latent_dim": 8, "num_shared_experts": 2, "gating": WIDE, "top_k": 3, "activation": "geglu"},
+    "one expert": {"num_experts": 1, "top_k": 1},
+    "every expert": {"top_k": 8},
+}
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 16), (3, 16), (0, 16), (2, 1, 3, 16)])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_dense_layer(case: str, shape: tuple[int, ...]) -> None:
+    layer = make_layer(**CASES[case])
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(shape, dtype=torch.float64)
+    results = []
+    for fn in (layer, lambda t: dense_forward(layer, t)):
+        leaf = x.clone().requires_grad_()
+        out, losses = fn(leaf)
+        layer.zero_grad()
+        total = (out * direction).sum() + (sum(losses.values()) if x.numel() else 0)
+        total.backward()
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in layer.parameters()]
+        results.append([out.detach(), *(losses.values() if x.numel() else ()), leaf.grad, *grads])
+        assert x.numel() == 0 or set(losses) == {"aux_loss", "z_loss"}
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-12
+
+
+def test_fused_moe_equals_the_layer() -> None:
+    layer = make_layer(gating="softmax_renorm")
+    x = torch.randn(4, 5, 16, dtype=torch.float64)
+    out, losses = fused_moe(
+        x, layer.router.weight, layer.experts.gate_up_proj, layer.experts.down_proj, top_k=2, gating="softmax_renorm",
+        aux_loss_coeff=0.1, z_loss_coeff=0.01,
+    )  # fmt: skip
+    expected, expected_losses = layer(x)
+    assert torch.equal(out, expected)
+    assert {k: v.item() for k, v in losses.items()} == {k: v.item() for k, v in expected_losses.items()}
+
+
+def test_losses_are_absent_without_a_coefficient() -> None:
+    assert make_layer(aux_loss_coeff=0.0, z_loss_coeff=0.0)(torch.randn(3, 16, dtype=torch.float64))[1] == {}
+
+
+def test_nothing_is_dropped_without_a_limit() -> None:
+    layer = make_layer(top_k=1, aux_loss_coeff=0.0, z_loss_coeff=0.0)
+    x = torch.rand(64, 16, dtype=torch.float64)
+    with torch.no_grad():
+        layer.router.weight.fill_(-1.0)[3] = 1.0  # every token to expert 3
+    out, _ = layer(x)
+    w_up, w_down = layer.experts.gate_up_proj[3], layer.experts.down_proj[3]
+    assert relative_error(out, reference.activate(x @ w_up.T, "swiglu") @ w_down.T) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("limit", "allowed"), [({"max_tokens_per_expert": 5}, 5), ({"capacity_factor": 0.625}, 5),
+                           ({"max_tokens_per_expert": 5, "capacity_factor": 2.0}, 5)]
+)  # fmt: skip
+def test_overflow_raises_or_drops_the_smallest_weights(limit: dict, allowed: int) -> None:
+    x = torch.rand(64, 16, dtype=torch.float64)  # 64 tokens, 8 experts, top-1: 8 per expert if balanced
+    strict = make_layer(top_k=1, gating="softmax", **limit)
+    with torch.no_grad():
+        strict.router.weight.fill_(-1.0)[3] = 1.0
+    with pytest.raises(
+        RuntimeError, match=rf"expert 3 was chosen 64 times on one rank, where its limit is {allowed} "
+    ):
+        strict(x)
+
+    lenient = make_layer(top_k=1, gating="softmax", allow_dropped_tokens=True, **limit)
+    lenient.load_state_dict(strict.state_dict())
+    out, _ = lenient(x)
+    kept = out.abs().sum(1) > 0
+    weight = F.softmax(x @ strict.router.weight.T, 1)[:, 3]
+    assert kept.sum() == allowed
+    assert set(kept.nonzero()[:, 0].tolist()) == set(weight.topk(allowed)[1].tolist())
+
+
+def test_capacity_covers_all_k_routes() -> None:
+    """ceil(T * K / E * factor): with factor 1 and perfectly balanced routing nothing overflows at any K."""
+    layer = make_layer(num_experts=4, top_k=4, capacity_factor=1.0, d_model=16)
+    layer(torch.randn(10, 16, dtype=torch.float64))
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(64, 256, 8, 2, num_shared_experts=2)
+    # kaiming_uniform(a=sqrt(5)) has bound 1/sqrt(fan_in), and each expert's own fan-in: D for up, F for down.
+    for weight, bound in (
+        (layer.router.weight, 0.01 / 8),
+        (layer.experts.gate_up_proj, 1 / 8),
+        (layer.experts.down_proj, 1 / math.sqrt(128)),
+        (layer.shared_experts.gate_up_proj, 1 / 8),
+    ):
+        assert 0.95 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert not torch.equal(layer.experts.gate_up_proj[0], layer.experts.gate_up_proj[1])
+
+
+def test_bf16_and_autocast() -> None:
+    layer = make_layer(num_shared_experts=1)
+    x = torch.randn(32, 16, dtype=torch.float64)
+    expected, _ = layer(x)
+    half, _ = copy.deepcopy(layer).bfloat16()(x.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        auto, losses = copy.deepcopy(layer).float()(x.float())
+    assert half.dtype is torch.bfloat16 and auto.dtype is torch.bfloat16
+    assert losses["z_loss"].dtype is torch.float32
+    # bf16 has 8 bits; the router's float32 keeps the choice of experts, so only rounding differs.
+    assert relative_error(half, expected) < 2e-2
+    assert relative_error(auto, expected) < 2e-2
+
+
+def test_frozen_experts_get_no_gradient_and_the_rest_does() -> None:
+    layer = make_layer()
+    for p in layer.expert_params:
+        p.requires_grad_(False)
+    x = torch.randn(8, 16, dtype=torch.float64, requires_grad=True)
+    layer(x)[0].sum().backward()
+    assert all(p.grad is None for p in layer.expert_params)
+    assert torch.count_nonzero(x.grad) and torch.count_nonzero(layer.router.weight.grad)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_input_reaches_the_output_and_nothing_else(bad: float) -> None:
+    layer = make_layer()
+    x = torch.randn(8, 16, dtype=torch.float64)
+    x[2, 3] = bad
+    out, _ = layer(x)
+    assert not torch.isfinite(out[2]).all()
+    assert torch.isfinite(out[[0, 1, 3, 4, 5, 6, 7]]).all()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    layer = make_layer(num_shared_experts=1)
+    x = torch.randn(12, 16, dtype=torch.float64)
+    grads = []
+
+    def flat(t: Tensor) -> tuple[Tensor, ...]:
+        # Reentrant checkpointing carries gradients of tensors in a tuple alone, not of those inside a dict.
+        out, losses = layer(t)
+        return (out, *losses.values())
+
+    for run in (flat, lambda t: torch.utils.checkpoint.checkpoint(flat, t, use_reentrant=reentrant)):
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        out, *losses = run(leaf)
+        (out.sin().sum() + sum(losses)).backward()
+        grads.append([leaf.grad, *(p.grad.clone() for p in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_it_trains() -> None:
+    torch.manual_seed(0)
+    layer, teacher = MoELayer(8, 32, 4, 2, aux_loss_coeff=0.01), nn.Linear(8, 8)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    x = torch.randn(256, 8)
+    target = teacher(x).detach()
+    history = []
+    for _ in range(100):
+        out, losses = layer(x)
+        loss = F.mse_loss(out, target)
+        optimizer.zero_grad()
+        (loss + losses["aux_loss"]).backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < 0.1 * history[0]
