@@ -76,7 +76,7 @@ class NcclDispatcher:
         return Dispatched(
             x_RD=self.redispatch(x_TD, exchange),
             idx_RK=words_RW[:, -top_k:].long(),
-            weight_RK=words_RW[:, :-top_k].contiguous().view(weight_TK.dtype),
+            weight_RK=words_RW[:, :-top_k].flatten().view(weight_TK.dtype).view(-1, top_k),
             num_routes=num_routes,
             handle=exchange,
         )
