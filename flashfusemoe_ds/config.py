@@ -68,8 +68,9 @@ class FlashFuseMoEConfig(_Section):
     def from_ds_config(cls, ds_config: Mapping[str, Any]) -> FlashFuseMoEConfig:
         """The section of a whole DeepSpeed config; defaults if there is none. A misspelt section name raises."""
         if SECTION not in ds_config:
-            for key in difflib.get_close_matches(SECTION, [k for k in ds_config if isinstance(k, str)], cutoff=0.75):
-                raise ValueError(f'"{key}" is not a section of the config; did you mean "{SECTION}"?')
+            for key in ds_config:
+                if difflib.SequenceMatcher(None, SECTION, str(key).lower()).ratio() > 0.75:
+                    raise ValueError(f'"{key}" is not a section of the config; did you mean "{SECTION}"?')
         return cls.from_section(ds_config.get(SECTION))
 
 

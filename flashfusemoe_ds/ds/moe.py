@@ -259,6 +259,8 @@ class MoE(StockMoE):
         self.check_world(dist.get_world_size() // pipeline)
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
         for name, param in self.deepspeed_moe.experts.named_parameters():
-            if name.endswith("_bias"):
+            # Again, because copy.deepcopy of a model loses attributes of parameters.
+            param.allreduce, param.group_name = False, self.expert_group_name
+            if name.endswith("_bias") and isinstance(self.deepspeed_moe.experts, FusedExperts):
                 # DeepSpeed's Muon tags every parameter with two or more dimensions; a stacked bias is still a bias.
                 param.use_muon = False

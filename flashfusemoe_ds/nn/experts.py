@@ -130,7 +130,7 @@ class ModuleExperts(nn.Module):
         for expert, start, end in zip(self.deepspeed_experts, [0, *ends[:-1]], ends, strict=True):
             out = expert(sent.x_RD[order.row_N[start:end]].unsqueeze(0).unsqueeze(0))
             out = out[0] if isinstance(out, tuple) else out
-            outputs.append(out.reshape(end - start, -1))
+            outputs.append(out.reshape(end - start, out.shape[-1]))
         y_ND = torch.cat(outputs)
         weight_N1 = sent.weight_RK.reshape(-1)[order.route_N[: ends[-1]]].unsqueeze(1)
         acc = compute_dtype(y_ND.dtype)
