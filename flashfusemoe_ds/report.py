@@ -172,9 +172,7 @@ def find_gpus() -> list[Gpu]:
     if not torch.cuda.is_available():
         return []
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [
-        Gpu(i, p.name, f"{p.major}.{p.minor}", p.total_memory / 2**30) for i, p in enumerate(properties)
-    ]
+    return [Gpu(i, p.name, f"{p.major}.{p.minor}", p.total_memory / 2**30) for i, p in enumerate(properties)]
 
 
 def find_links(num_gpus: int) -> list[Link]:

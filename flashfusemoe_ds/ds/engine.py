@@ -13,6 +13,7 @@ from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as StockMoE
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.utils import log_dist
+from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 from torch import nn
 
 from flashfusemoe_ds.config import SECTION, FlashFuseMoEConfig
@@ -49,7 +50,8 @@ def initialize(
     """
     if model is None:
         raise ValueError("initialize needs a model")
-    ds_config, args = _resolve_config(args, config, config_params)
+    from_args = getattr(args, "deepspeed_config", None)
+    ds_config = _resolve_config(from_args, config if config is not None else config_params)
     section = FlashFuseMoEConfig.from_ds_config(ds_config)
     check_section(section)
 
@@ -65,20 +67,27 @@ def initialize(
         layer.configure(section)
 
     port = {} if distributed_port is None else {"distributed_port": distributed_port}
-    engine, *rest = deepspeed.initialize(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=_with_overlap(ds_config, section),
-        mesh_param=mesh_param,
-        **port,
-    )
+    # DeepSpeed refuses a config given twice, and writes the local rank into the caller's own args object.
+    if from_args:
+        args.deepspeed_config = None
+    try:
+        engine, *rest = deepspeed.initialize(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=_with_overlap(ds_config, section),
+            mesh_param=mesh_param,
+            **port,
+        )
+    finally:
+        if from_args:
+            args.deepspeed_config = from_args
     return (attach(engine), *rest)
 
 
@@ -122,27 +131,19 @@ def check_section(section: FlashFuseMoEConfig) -> None:
         )
 
 
-def _resolve_config(args: Any, config: Any, config_params: Any) -> tuple[dict[str, Any], Any]:
-    """The config as a dict, by deepspeed.initialize's own rules, and args without the path that is thereby used up."""
-    config = config_params if config is None else config
-    from_args = getattr(args, "deepspeed_config", None)
-    if from_args is not None:
-        if config is not None:
-            raise ValueError(f"the config was passed twice, as config= and --deepspeed_config {from_args}; keep one")
-        config = from_args
-        args = type(args)(**{**vars(args), "deepspeed_config": None})
-    if config is None:
+def _resolve_config(from_args: str | None, config: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The config as a dict, by deepspeed.initialize's own rules."""
+    if from_args is not None and config is not None:
+        raise ValueError(f"the config was passed twice, as config= and --deepspeed_config {from_args}; keep one")
+    if from_args is None and config is None:
         raise ValueError("no DeepSpeed config: pass config=, or --deepspeed_config on the command line")
-    return load_ds_config(config), args
+    return load_ds_config(from_args if config is None else config)
 
 
 def _world_size(mpu: Any) -> int:
     """Ranks per pipeline stage, known from the launcher's environment before torch.distributed is."""
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    stages = getattr(mpu, "get_pipeline_model_parallel_world_size", None) or getattr(
-        mpu, "get_pipe_parallel_world_size", None
-    )
-    return world // (stages() if stages else 1)
+    return world // (1 if mpu is None else bwc_pipeline_parallel_world_size(mpu))
 
 
 def _with_overlap(ds_config: dict[str, Any], section: FlashFuseMoEConfig) -> dict[str, Any]:

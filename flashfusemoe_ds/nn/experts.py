@@ -132,6 +132,9 @@ class ModuleExperts(nn.Module):
             out = out[0] if isinstance(out, tuple) else out
             outputs.append(out.reshape(end - start, out.shape[-1]))
         y_ND = torch.cat(outputs)
+        if not len(y_ND):
+            # Still in the graph: the backward of this rank takes part in every exchange.
+            return sent.x_RD.new_zeros(sent.x_RD.shape) + y_ND.sum()
         weight_N1 = sent.weight_RK.reshape(-1)[order.route_N[: ends[-1]]].unsqueeze(1)
         acc = compute_dtype(y_ND.dtype)
         return gather_sum((y_ND.to(acc) * weight_N1), order.pos_RK).to(y_ND.dtype)
