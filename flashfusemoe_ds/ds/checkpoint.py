@@ -58,7 +58,11 @@ def guard_checkpoints(engine: Any) -> None:
         custom_load_fn: Any = None,
     ) -> Any:
         if load_optimizer_states and not load_module_only:
-            refuse_foreign_optimizer(engine.module, load_dir, tag)
+            # Rank 0 alone looks, so that ranks on other file systems do not decide otherwise.
+            verdict = [foreign_optimizer(engine.module, load_dir, tag) if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(verdict, src=0)
+            if verdict[0] is not None:
+                raise ValueError(verdict[0])
         return load(
             load_dir,
             tag,
@@ -72,24 +76,25 @@ def guard_checkpoints(engine: Any) -> None:
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
 
 
-def refuse_foreign_optimizer(model: nn.Module, load_dir: str, tag: str | None) -> None:
-    """ValueError if the checkpoint's optimizer state lies differently from this model's. Reads no tensor."""
+def foreign_optimizer(model: nn.Module, load_dir: str, tag: str | None) -> str | None:
+    """Why the checkpoint's optimizer state must not be loaded into this model; None if it may. Reads no tensor."""
     tag = tag or _latest(load_dir)
     if tag is None or not os.path.isdir(os.path.join(load_dir, tag)):
-        return  # nothing there: DeepSpeed says so itself
+        return None  # nothing there: DeepSpeed says so itself
     ours = expert_layout(model)
     path = os.path.join(load_dir, tag, LAYOUT_FILE)
     if not os.path.isfile(path):
         if any(layer["experts"] == "stacked" for layer in ours):
-            raise ValueError(_refusal(load_dir, tag, "stock DeepSpeed saved it, per expert; here it is stacked"))
-        return
+            return _refusal(load_dir, tag, "stock DeepSpeed saved it, per expert; here it is stacked")
+        return None
     with open(path) as file:
         theirs = json.load(file)["moe_layers"]
     if len(theirs) != len(ours):
-        raise ValueError(_refusal(load_dir, tag, f"it has {len(theirs)} MoE layers; the model has {len(ours)}"))
+        return _refusal(load_dir, tag, f"it has {len(theirs)} MoE layers; the model has {len(ours)}")
     for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         if a != b:
-            raise ValueError(_refusal(load_dir, tag, f"MoE layer {i} was saved with {a}; the model has {b}"))
+            return _refusal(load_dir, tag, f"MoE layer {i} was saved with {a}; the model has {b}")
+    return None
 
 
 def _latest(load_dir: str) -> str | None:

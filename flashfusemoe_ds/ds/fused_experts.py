@@ -67,7 +67,11 @@ class FusedExperts(GroupedExperts):
             getattr(self, name)[i].copy_(value)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> FusedExperts:
-        """nn.Module.apply, with the experts as the modules they were."""
+        """nn.Module.apply, with the experts as the modules they were.
+
+        Weights are written back only if fn changed them: DeepSpeed's profiler applies functions that do not, between
+        forward and backward, where autograd refuses parameters that were written to.
+        """
         for i in range(self.num_local_experts):
             expert = copy.deepcopy(self._template[0]).to_empty(device=self.down_proj.device)
             own = self.expert_tensors(i, {name: p.detach() for name, p in self.stacked().items()})
@@ -75,7 +79,9 @@ class FusedExperts(GroupedExperts):
                 for name, param in expert.named_parameters():
                     param.copy_(own[name])
             expert.apply(fn)
-            self._write_expert(i, {name: p.detach() for name, p in expert.named_parameters()})
+            now = {name: p.detach() for name, p in expert.named_parameters()}
+            if any(not torch.equal(now[name], own[name]) for name in now):
+                self._write_expert(i, now)
         fn(self)
         return self
 

@@ -164,7 +164,7 @@ class MoE(StockMoE):
 
     Differences that a user can see: nothing is padded to a capacity, so experts compute only real tokens;
     drop_tokens=False needs no agreement on a capacity between ranks; top-1 accepts fewer tokens than min_capacity, and
-    drop_tokens=False with use_rts=False; `use_tutel` is ignored with a note. `named_parameters` lists stacked experts.
+    a mask of used tokens of any dtype; `use_tutel` is ignored with a note. `named_parameters` lists stacked experts.
 
     Args:
         hidden_size, expert, num_experts, ep_size, k, capacity_factor, eval_capacity_factor, min_capacity,

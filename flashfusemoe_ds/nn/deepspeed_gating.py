@@ -6,7 +6,8 @@ TopKGate. Everything is float32. Where a choice depends on torch.topk's order am
 call on the same values is made, so both decide alike from the same generator state.
 
 Not reproduced, because dispatch here has no capacity buffers: the MAX all-reduce of the capacity when nothing is
-dropped, the assertion T >= min_capacity of top-1, and its failure at drop_tokens=False with use_rts=False.
+dropped, the assertion T >= min_capacity of top-1, and its TypeError at drop_tokens=False with a floating-point mask
+of used tokens.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _top1(logits_TE: Tensor, gating: DeepSpeedGating, used_token_T: Tensor | Non
     choice_T = torch.argmax(gates_TE if noisy_TE is None else noisy_TE, dim=1)
     mask_TE = F.one_hot(choice_T, num_experts)
     if used_token_T is not None:
-        mask_TE = mask_TE * used_token_T.reshape(-1, 1).to(mask_TE.dtype)
+        mask_TE = mask_TE * (used_token_T.reshape(-1, 1) != 0)
     counts_E = mask_TE.sum(0)
     l_aux = (gates_TE.mean(0) * _one_hot_mean(mask_TE)).sum() * num_experts
 
