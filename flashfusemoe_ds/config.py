@@ -30,7 +30,7 @@ class FlashFuseMoEConfig(_Section):
     ep_backend: Literal["nccl", "deep_ep", "symm_mem", "hybrid"] = Field(
         "nccl",
         description="Transport between expert-parallel ranks. nccl is deepspeed.comm's all-to-all (gloo on CPUs); "
-        "hybrid takes the fastest usable one and logs which and why.",
+        "hybrid takes deep_ep where usable, else symm_mem, else nccl, and logs which and why.",
     )
     replace_moe: bool = Field(
         True, description="Turn deepspeed.moe.layer.MoE modules of the model into fused ones, weights kept."

@@ -57,7 +57,8 @@ def guard_checkpoints(engine: Any) -> None:
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> Any:
-        if load_optimizer_states and not load_module_only:
+        # A universal checkpoint is loaded by parameter name, not by position; DeepSpeed checks it.
+        if load_optimizer_states and not load_module_only and not engine.load_universal_checkpoint():
             # Rank 0 alone looks, so that ranks on other file systems do not decide otherwise.
             verdict = [foreign_optimizer(engine.module, load_dir, tag) if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(verdict, src=0)

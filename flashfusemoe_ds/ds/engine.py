@@ -12,7 +12,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as StockMoE
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.utils import log_dist
+from deepspeed.utils import log_dist, logger
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 from torch import nn
 
@@ -21,7 +21,8 @@ from flashfusemoe_ds.dispatch.select import check_ep_backend, resolve_hybrid
 from flashfusemoe_ds.ds.checkpoint import guard_checkpoints
 from flashfusemoe_ds.ds.moe import MoE
 from flashfusemoe_ds.ds.replace import remap_groups, remap_optimizer, replace_moe_and_map
-from flashfusemoe_ds.kernels.grouped_gemm import GEMM_BACKENDS
+from flashfusemoe_ds.kernels.grouped_gemm import check_gemm_backend
+from flashfusemoe_ds.nn.moe_layer import MoELayer
 
 
 def initialize(
@@ -61,7 +62,10 @@ def initialize(
         model_parameters = remap_groups(groups, mapping)
         if isinstance(optimizer, torch.optim.Optimizer):
             remap_optimizer(optimizer, mapping)
+    _refuse_sharded_layers(model)
     layers = [m for m in model.modules() if isinstance(m, MoE)]
+    if not layers:
+        logger.warning(f"{SECTION}: the model has no deepspeed.moe or flashfusemoe_ds MoE layer; nothing to do")
     for layer in layers:
         layer.check_world(_world_size(mpu))
         layer.configure(section)
@@ -117,18 +121,15 @@ def attach(engine: Any) -> Any:
     if layers and not getattr(engine, "_flashfusemoe_attached", False):
         guard_checkpoints(engine)
         engine._flashfusemoe_attached = True
-        log_dist(_summary(section, layers), ranks=[0])
+        overlapped = engine.zero_optimization() and engine.zero_overlap_comm()
+        log_dist(_summary(section, layers, overlapped), ranks=[0])
     return engine
 
 
 def check_section(section: FlashFuseMoEConfig) -> None:
     """Refuses what this machine cannot do: ImportError for a missing package, ValueError otherwise."""
     check_ep_backend(section.ep_backend)
-    if section.gemm_backend not in (None, *GEMM_BACKENDS):
-        raise ValueError(
-            f"{SECTION}.gemm_backend is {section.gemm_backend!r}, which this version does not have yet; valid: "
-            f"{', '.join(GEMM_BACKENDS)}, or leave it out"
-        )
+    check_gemm_backend(section.gemm_backend)
 
 
 def _resolve_config(from_args: str | None, config: str | dict[str, Any] | None) -> dict[str, Any]:
@@ -140,21 +141,35 @@ def _resolve_config(from_args: str | None, config: str | dict[str, Any] | None) 
     return load_ds_config(from_args if config is None else config)
 
 
+def _refuse_sharded_layers(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, MoELayer) and module.ep_group is not None:
+            raise ValueError(
+                f"{name} is a MoELayer after shard_experts, whose experts DeepSpeed's engine would neither reduce nor "
+                "save as such; under an engine use flashfusemoe_ds.MoE with ep_size"
+            )
+
+
 def _world_size(mpu: Any) -> int:
     """Ranks per pipeline stage, known from the launcher's environment before torch.distributed is."""
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    # torchrun and the deepspeed launcher, Open MPI, MPICH.
+    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    launched = next((int(os.environ[name]) for name in names if name in os.environ), 1)
+    world = dist.get_world_size() if dist.is_initialized() else launched
     return world // (1 if mpu is None else bwc_pipeline_parallel_world_size(mpu))
 
 
 def _with_overlap(ds_config: dict[str, Any], section: FlashFuseMoEConfig) -> dict[str, Any]:
     """overlap_comm on at ZeRO stages 1 and 2 unless the user decided; DeepSpeed's own default is off."""
     zero = ds_config.get("zero_optimization")
-    if section.overlap_dense_grads and isinstance(zero, dict) and zero.get("stage") in (1, 2):
+    # Where the user accumulates gradients alone, DeepSpeed asserts that stage 1 does not overlap.
+    stages = (1, 2) if ds_config.get("managed_gradient_accumulation", True) else (2,)
+    if section.overlap_dense_grads and isinstance(zero, dict) and zero.get("stage") in stages:
         ds_config = {**ds_config, "zero_optimization": {"overlap_comm": True, **zero}}
     return ds_config
 
 
-def _summary(section: FlashFuseMoEConfig, layers: list[MoE]) -> str:
+def _summary(section: FlashFuseMoEConfig, layers: list[MoE], overlapped: bool) -> str:
     backend = section.ep_backend
     if backend == "hybrid":
         name, reason = resolve_hybrid()
@@ -163,5 +178,5 @@ def _summary(section: FlashFuseMoEConfig, layers: list[MoE]) -> str:
     sizes = sorted({layer.ep_size for layer in layers})
     return (
         f"{SECTION}: {len(layers)} MoE layers, {fused} with fused experts, ep_size {', '.join(map(str, sizes))}, "
-        f"ep_backend {backend}"
+        f"ep_backend {backend}, dense gradients reduced {'during' if overlapped else 'after'} backward"
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,42 +96,51 @@ class ExpertLayout:
         return rows
 
 
-def recognise(expert: nn.Module, hidden_size: int) -> tuple[ExpertLayout | None, str]:
-    """The expert's layout, or None and why it is not one that can be fused."""
+def recognise(experts: Sequence[nn.Module], hidden_size: int) -> tuple[ExpertLayout | None, str]:
+    """The layout that all of a layer's experts share, or None and why they cannot be fused."""
+    expert = experts[0]
+    if any(_structure(other) != _structure(expert) for other in experts[1:]):
+        return None, "they differ in structure, or in which parameters are trained"
     linears = {name: m for name, m in expert.named_modules() if type(m) is nn.Linear}
     if len(linears) not in (2, 3):
-        return None, f"it has {len(linears)} plain nn.Linear modules, not 2 or 3"
-    owned = {id(p) for m in linears.values() for p in m.parameters()}
-    if {id(p) for p in expert.parameters()} != owned or len(owned) != sum(
-        len(list(m.parameters())) for m in linears.values()
-    ):
-        return None, "it has parameters outside its nn.Linear modules, or shares them"
+        return None, f"one has {len(linears)} plain nn.Linear modules, not 2 or 3"
+    owned = [id(p) for m in linears.values() for p in m.parameters()]
+    if len(set(owned)) != len(owned) or {id(p) for p in expert.parameters()} != set(owned):
+        return None, "one has parameters outside its nn.Linear modules, or shares them"
     if any(True for _ in expert.buffers()):
-        return None, "it has buffers"
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in expert.modules()):
-        return None, "it has hooks"
+        return None, "one has buffers"
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for e in experts for m in e.modules()):
+        return None, "one has hooks"
     if any(p.is_meta for p in expert.parameters()):
-        return None, "its parameters are on the meta device"
+        return None, "their parameters are on the meta device"
 
     candidates = list(_candidates(linears, hidden_size, tuple(expert.state_dict())))
     if not candidates:
-        return None, "the shapes of its nn.Linear modules are not those of an MLP"
+        return None, "the shapes of the nn.Linear modules are not those of an MLP, or only some of them are frozen"
     try:
-        probes = _probe(expert, hidden_size)
+        leaves, x, y = _probe(expert, hidden_size)
     except Exception as error:  # a user's module may raise anything; then it just runs as it is
-        return None, f"it does not run on a small float64 input on the CPU ({type(error).__name__}: {error})"
+        return None, f"one does not run on a small float64 input on the CPU ({type(error).__name__}: {error})"
+    if y is None:
+        return None, "one computes differently in training and in evaluation"
     for layout in candidates:
-        if all(_agrees(layout, leaves, x, y) for leaves, x, y in probes):
+        if _agrees(layout, leaves, x, y):
             return layout, "recognised"
-    return None, "its output differs from every activation that can be fused"
+    return None, "the output differs from every activation that can be fused"
+
+
+def _structure(expert: nn.Module) -> tuple[object, ...]:
+    """What must be equal for two experts to be rows of one stacked parameter."""
+    modules = tuple((name, type(m)) for name, m in expert.named_modules())
+    return modules, tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in expert.named_parameters())
 
 
 def _candidates(linears: Mapping[str, nn.Linear], hidden_size: int, leaves: tuple[str, ...]) -> Iterator[ExpertLayout]:
     for *ups, down in itertools.permutations(linears):
         first, last = linears[ups[0]], linears[down]
-        shapes = {(linears[n].in_features, linears[n].out_features) for n in ups}
-        biases = {linears[n].bias is not None for n in ups}
-        if len(shapes) > 1 or len(biases) > 1:
+        # What is stacked into one parameter must agree in shape, in having a bias, and in being trained.
+        kinds = {tuple((name, p.shape, p.requires_grad) for name, p in linears[n].named_parameters()) for n in ups}
+        if len(kinds) > 1:
             continue
         if first.in_features != hidden_size or last.out_features != hidden_size:
             continue
@@ -145,27 +154,34 @@ def _candidates(linears: Mapping[str, nn.Linear], hidden_size: int, leaves: tupl
                 yield ExpertLayout(activation.name, tuple(ups), down, packing, bias, leaves)
 
 
-def _probe(expert: nn.Module, hidden_size: int) -> list[tuple[dict[str, Tensor], Tensor, Tensor]]:
-    """Runs a float64 copy with random weights: (its tensors, input, output) for each magnitude and mode."""
+def _probe(expert: nn.Module, hidden_size: int) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    """Runs a float64 copy with random weights. Returns its tensors, the input, and the output; None for the output if
+    it depends on the mode."""
     generator = torch.Generator().manual_seed(0)
-    probes = []
+    scale = torch.tensor(PROBE_SCALES, dtype=torch.float64).repeat_interleave(3)
+    x = torch.randn(len(scale), hidden_size, generator=generator, dtype=torch.float64) * scale[:, None]
     # The module may draw random numbers (dropout): the caller's generator must not notice.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         clone = copy.deepcopy(expert).to(device="cpu", dtype=torch.float64)
         for param in clone.parameters():
-            fan_in = param.shape[-1] if param.dim() > 1 else 1
-            param.copy_(torch.randn(param.shape, generator=generator, dtype=torch.float64) * fan_in**-0.5)
-        leaves = {name: tensor.clone() for name, tensor in clone.state_dict().items()}
-        for training, scale in itertools.product((False, True), PROBE_SCALES):
-            x = torch.randn(1, 1, 7, hidden_size, generator=generator, dtype=torch.float64) * scale
-            out = clone.train(training)(x)
-            out = out[0] if isinstance(out, tuple) else out
-            probes.append((leaves, x.view(7, -1), out.reshape(7, -1).double()))
-    return probes
+            # Uniform of variance 1 / fan_in: wide experts have 10^8 weights, and normal draws cost ten times as much.
+            bound = (3 / (param.shape[-1] if param.dim() > 1 else 1)) ** 0.5
+            param.uniform_(-bound, bound, generator=generator)
+        outputs = []
+        for training in (False, True):
+            out = clone.train(training)(x.view(1, 1, *x.shape))
+            outputs.append((out[0] if isinstance(out, tuple) else out).reshape(len(x), -1).double())
+    return dict(clone.state_dict()), x, outputs[0] if _near(outputs[1], outputs[0]) else None
 
 
 def _agrees(layout: ExpertLayout, leaves: Mapping[str, Tensor], x: Tensor, y: Tensor) -> bool:
     stacked = layout.stack(leaves)
     h = F.linear(x, stacked[layout.up_name], stacked.get(f"{layout.up_name}_bias"))
-    expected = F.linear(activate(h, layout.activation), stacked["down_proj"], stacked.get("down_proj_bias"))
-    return y.shape == expected.shape and bool((y - expected).abs().max() <= PROBE_RTOL * expected.abs().max())
+    return _near(y, F.linear(activate(h, layout.activation), stacked["down_proj"], stacked.get("down_proj_bias")))
+
+
+def _near(y: Tensor, expected: Tensor) -> bool:
+    """Row by row, so that the rows of large magnitude do not hide the others."""
+    if y.shape != expected.shape:
+        return False
+    return bool(((y - expected).abs().amax(1) <= PROBE_RTOL * expected.abs().amax(1)).all())

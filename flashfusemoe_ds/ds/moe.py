@@ -22,7 +22,6 @@ from deepspeed.profiling.flops_profiler import profiler as flops_profiler
 from deepspeed.utils import groups, logger
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flashfusemoe_ds.config import FlashFuseMoEConfig
 from flashfusemoe_ds.dispatch.base import Dispatcher, combine, dispatch
@@ -33,6 +32,7 @@ from flashfusemoe_ds.ds.fused_experts import FusedExperts
 from flashfusemoe_ds.nn.checks import check_hidden, check_positive
 from flashfusemoe_ds.nn.deepspeed_gating import NOISE_POLICIES, DeepSpeedGating, deepspeed_gating, jitter
 from flashfusemoe_ds.nn.experts import ModuleExperts
+from flashfusemoe_ds.nn.router import router_logits
 from flashfusemoe_ds.types import Routing
 
 
@@ -51,9 +51,8 @@ class TopKGate(StockTopKGate):
         """[T, D] -> routing over all E experts, and the scalar load-balancing loss."""
         if self.wall_clock_breakdown:
             self.timers(TOPK_GATE_TIMER).start()
-        x_TD = input.float()
-        if self.noisy_gate_policy == "Jitter" and self.training:
-            x_TD = jitter(x_TD)
+        jittered = self.noisy_gate_policy == "Jitter" and self.training
+        logits_TE = router_logits(jitter(input.float()) if jittered else input, self.wg.weight)
         gating = DeepSpeedGating(
             k=self.k,
             capacity_factor=self.capacity_factor if self.training else self.eval_capacity_factor,
@@ -64,7 +63,7 @@ class TopKGate(StockTopKGate):
             rsample=self.noisy_gate_policy == "RSample" and self.training,
         )
         with torch.autocast(input.device.type, enabled=False):
-            routed = deepspeed_gating(F.linear(x_TD, self.wg.weight.float()), gating, used_token)
+            routed = deepspeed_gating(logits_TE, gating, used_token)
         if self.wall_clock_breakdown:
             self.timers(TOPK_GATE_TIMER).stop()
             self.gate_time = self.timers(TOPK_GATE_TIMER).elapsed(reset=False)
@@ -84,7 +83,7 @@ class MOELayer(StockMOELayer):
         layer.gate = _adopt(TopKGate, stock.gate)
         layer.use_tutel = False
         modules = list(stock.experts.deepspeed_experts)
-        layout, reason = recognise(modules[0], stock.gate.wg.in_features)
+        layout, reason = recognise(modules, stock.gate.wg.in_features)
         if layout is not None:
             layer.experts = FusedExperts(modules, layout)
         else:

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 
 from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.kernels.experts import compute_dtype, experts, gather_sum, sort_by_expert
-from flashfusemoe_ds.kernels.grouped_gemm import select_gemm
+from flashfusemoe_ds.kernels.grouped_gemm import check_gemm_backend, select_gemm
 from flashfusemoe_ds.types import Dispatched
+
+
+def under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on, as torch's own matrix products would take them."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
 class GroupedExperts(nn.Module):
@@ -45,6 +54,7 @@ class GroupedExperts(nn.Module):
         super().__init__()
         self.num_local_experts, self.d_model, self.intermediate_size = num_local_experts, d_model, intermediate_size
         self.activation = get_activation(activation)
+        check_gemm_backend(gemm_backend)
         self.gemm_backend, self.recompute_activations = gemm_backend, recompute_activations
         width = self.activation.up_width(intermediate_size)
         self.up_name = "gate_up_proj" if self.activation.gated else "up_proj"
@@ -82,11 +92,7 @@ class GroupedExperts(nn.Module):
     def forward(self, sent: Dispatched) -> Tensor:
         up, down = getattr(self, self.up_name), self.down_proj
         up_bias, down_bias = getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
-        x_RD = sent.x_RD
-        if torch.is_autocast_enabled(x_RD.device.type):
-            dtype = torch.get_autocast_dtype(x_RD.device.type)
-            x_RD, up, down = x_RD.to(dtype), up.to(dtype), down.to(dtype)
-            up_bias, down_bias = (b if b is None else b.to(dtype) for b in (up_bias, down_bias))
+        x_RD, up, down, up_bias, down_bias = under_autocast(sent.x_RD, up, down, up_bias, down_bias)
         if x_RD.dtype != up.dtype:
             raise ValueError(f"input is {x_RD.dtype}, the experts' parameters {up.dtype}; cast one or use autocast")
         widths = (self.d_model, self.intermediate_size, up.shape[1])

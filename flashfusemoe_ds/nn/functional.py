@@ -9,6 +9,7 @@ from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.grouped_gemm import select_gemm
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden
+from flashfusemoe_ds.nn.experts import under_autocast
 from flashfusemoe_ds.nn.router import Gating, get_gating, route_with_losses, router_logits
 
 
@@ -36,7 +37,7 @@ def fused_moe(
         top_k, activation, gating, aux_loss_coeff, z_loss_coeff, recompute_activations, gemm_backend: as in MoELayer.
 
     Returns:
-        Output [*, D] in the input's dtype, and the losses whose coefficient is positive.
+        Output [*, D] in the input's dtype (autocast's where that is on), and the losses whose coefficient is positive.
     """
     act, variant = get_activation(activation), get_gating(gating)
     num_experts, d_model = gate_weight.shape
@@ -55,14 +56,13 @@ def fused_moe(
             f"w_up is {tuple(w_up.shape)} and w_down {tuple(w_down.shape)}; with activation {activation!r} and "
             f"gate_weight {tuple(gate_weight.shape)} they must be [E, {'2F' if act.gated else 'F'}, D] and [E, D, F]"
         )
-    if w_up.dtype != hidden_states.dtype or w_down.dtype != hidden_states.dtype:
-        raise ValueError(
-            f"hidden_states is {hidden_states.dtype}, w_up {w_up.dtype} and w_down {w_down.dtype}; they must agree"
-        )
-
-    x_TD = hidden_states.reshape(-1, d_model)
-    logits_TE = router_logits(x_TD, gate_weight)
+    logits_TE = router_logits(hidden_states.reshape(-1, d_model), gate_weight)
     routing = route_with_losses(logits_TE, variant, top_k, aux_loss_coeff, z_loss_coeff)
+    x_TD, w_up, w_down = under_autocast(hidden_states.reshape(-1, d_model), w_up, w_down)
+    if w_up.dtype != x_TD.dtype or w_down.dtype != x_TD.dtype:
+        raise ValueError(
+            f"hidden_states is {x_TD.dtype}, w_up {w_up.dtype} and w_down {w_down.dtype}; they must agree"
+        )
     gemm = select_gemm(gemm_backend, x_TD, (d_model, intermediate, w_up.shape[1]), num_experts)
     y_TD = experts(x_TD, routing.idx_TK, routing.weight_TK, w_up, w_down, act, gemm, recompute=recompute_activations)
     return y_TD.reshape(hidden_states.shape), routing.losses

@@ -34,5 +34,5 @@ def balanced_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
 
     An expert below the mean load gains `rate`, one above loses it.
     """
-    load_E = counts_E.to(bias_E.dtype)
+    load_E = counts_E.to(torch.float32)
     return bias_E + rate * torch.sign(load_E.mean() - load_E)

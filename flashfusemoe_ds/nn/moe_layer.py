@@ -118,8 +118,11 @@ class MoELayer(nn.Module):
         """Keeps this rank's share of the experts and exchanges tokens with the group's other ranks.
 
         Call it once, on every rank, before an optimizer is built. Rank p keeps experts [p * e, (p + 1) * e) of the
-        layer it holds, so ranks that start from equal weights hold the parts of one layer. The parameters are marked
-        `allreduce = False`: their gradients already cover the whole group's tokens.
+        layer it holds, so ranks that start from equal weights hold the parts of one layer.
+
+        The parameters are marked `allreduce = False`: their gradients are sums over the whole group's tokens. Where
+        dense gradients are averaged over W ranks, add these up over the W / ep_size ranks that hold the same experts,
+        and divide by W.
 
         Raises:
             ValueError: the group's size does not divide num_experts, the backend cannot run, or it is sharded already.

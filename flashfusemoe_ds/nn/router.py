@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from flashfusemoe_ds.nn.losses import balanced_bias, load_balancing_loss, router_z_loss
@@ -138,10 +139,29 @@ def route(
     return idx_TK, weight_TK * gating.scaling_factor, probs_TE
 
 
+class _RouterLogits(torch.autograd.Function):
+    """x @ w.T in wider precision, keeping x itself: autograd would keep a float32 copy, twice the size of a bf16 x."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_ED, dtype):
+        ctx.save_for_backward(x_TD, weight_ED)
+        return x_TD.to(dtype) @ weight_ED.to(dtype).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogits_TE):
+        x_TD, weight_ED = ctx.saved_tensors
+        dtype = dlogits_TE.dtype
+        dx = (dlogits_TE @ weight_ED.to(dtype)).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
+        dweight = (dlogits_TE.T @ x_TD.to(dtype)).to(weight_ED.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dweight, None
+
+
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """[T, E] in float32 for every 16-bit and 32-bit input; float64 stays, so that it can be checked against."""
+    """[T, E] in float32 for every 16-bit and 32-bit input, under autocast too; float64 stays float64."""
     dtype = torch.float64 if x_TD.dtype is torch.float64 else torch.float32
-    return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return _RouterLogits.apply(x_TD, weight_ED, dtype)
 
 
 def route_with_losses(
@@ -201,16 +221,21 @@ class Router(nn.Module):
             self.weight.mul_(0.01)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = router_logits(x_TD, self.weight)
-            bias_E = self.expert_bias if self.gating.expert_bias else None
-            routing = route_with_losses(
-                logits_TE, self.gating, self.top_k, self.aux_loss_coeff, self.z_loss_coeff, bias_E
-            )
+        bias_E = self.expert_bias if self.gating.expert_bias else None
+        logits_TE = router_logits(x_TD, self.weight)
+        routing = route_with_losses(logits_TE, self.gating, self.top_k, self.aux_loss_coeff, self.z_loss_coeff, bias_E)
         if self.gating.expert_bias and self.training:
             # A recomputed forward counts twice; the sign in the update rule does not see a common factor.
             self.routed_counts += routing.counts_E
         return routing
+
+    def _apply(self, fn, recurse: bool = True) -> Router:
+        """Moves the module, but leaves the bias in float32: steps of 1e-3 would vanish in bf16's eight bits."""
+        exact = self.expert_bias if self.gating.expert_bias else None
+        super()._apply(fn, recurse)
+        if exact is not None:
+            self.expert_bias = exact.to(self.expert_bias.device)
+        return self
 
     @torch.no_grad()
     def update_expert_bias(self) -> None:

@@ -63,8 +63,8 @@ def weights(num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     return up, torch.randn(num_experts, D, F, generator=g, dtype=torch.float64)
 
 
-def one_case(rank: int, world: int, case: str, top_k: int, num_experts: int) -> float:
-    """Largest relative error of this rank's output and gradients."""
+def one_case(rank: int, world: int, case: str, top_k: int, num_experts: int, device: torch.device) -> float:
+    """Largest relative error of this rank's output and gradients; the dense layer runs on the CPU."""
     x, weight, idx = tokens_and_routes(case, rank, world, top_k, num_experts)
     up, down = weights(num_experts)
     local = slice(rank * num_experts // world, (rank + 1) * num_experts // world)
@@ -72,15 +72,15 @@ def one_case(rank: int, world: int, case: str, top_k: int, num_experts: int) -> 
     dispatcher = NcclDispatcher(dist.group.WORLD, num_experts, comm)
     g = torch.Generator().manual_seed(7)
 
-    leaves = [x.requires_grad_(), weight.requires_grad_(), up[local].clone().requires_grad_(),
-              down[local].clone().requires_grad_()]  # fmt: skip
+    leaves = [t.to(device).clone().requires_grad_() for t in (x, weight, up[local], down[local])]
+    idx = idx.to(device)
     sent = dispatch(dispatcher, leaves[0], Routing(idx, leaves[1], torch.zeros(num_experts, dtype=torch.long)))
     assert sent.num_routes == int((sent.idx_RK >= 0).sum())
     y = experts(sent.x_RD, sent.idx_RK, sent.weight_RK, leaves[2], leaves[3], ACTIVATIONS["swiglu"], ReferenceGemm(),
                 num_routes=sent.num_routes)  # fmt: skip
     out = combine(dispatcher, y, sent.handle)
     assert comm.calls == {"int64": 1, "int32": 1, "float64": 2}, "one count, one metadata, one row exchange each way"
-    (out * torch.randn(out.shape, generator=g, dtype=torch.float64)).sum().backward()
+    (out * torch.randn(out.shape, generator=g, dtype=torch.float64).to(device)).sum().backward()
     assert all(leaf.grad is not None for leaf in leaves)
 
     # The dense layer over every rank's tokens: this rank's share of the output, and the sum of all ranks' gradients.
@@ -95,12 +95,13 @@ def one_case(rank: int, world: int, case: str, top_k: int, num_experts: int) -> 
             mine = [expected, xr.grad, torch.where(idr >= 0, wr.grad, 0)]
     mine += [dense[0].grad[local], dense[1].grad[local]]
     actual = [out, *(leaf.grad for leaf in leaves)]
-    return max(relative_error(a, b) for a, b in zip(actual, mine, strict=True))
+    return max(relative_error(a.cpu(), b) for a, b in zip(actual, mine, strict=True))
 
 
-def every_case(rank: int, world: int) -> dict[str, float]:
+def every_case(rank: int, world: int, device: str = "cpu") -> dict[str, float]:
+    where = torch.device(device, rank) if device == "cuda" else torch.device(device)
     return {
-        f"{case}, K={top_k}, E={num_experts}": one_case(rank, world, case, top_k, num_experts)
+        f"{case}, K={top_k}, E={num_experts}": one_case(rank, world, case, top_k, num_experts, where)
         for case in CASES
         for top_k, num_experts in ((1, world), (2, 8), (8, 8), (3, 4 * world))
     }
@@ -109,6 +110,15 @@ def every_case(rank: int, world: int) -> dict[str, float]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_equals_the_dense_layer_in_float64(world: int) -> None:
     for errors in run_ranks(world, every_case):
+        assert {name: e for name, e in errors.items() if not e < 1e-12} == {}
+
+
+@pytest.mark.gpu
+def test_equals_the_dense_layer_over_nccl() -> None:
+    world = min(torch.cuda.device_count(), 4)
+    if world < 2:
+        pytest.skip("needs two GPUs")
+    for errors in run_ranks(world, every_case, "cuda", accelerator="cuda"):
         assert {name: e for name, e in errors.items() if not e < 1e-12} == {}
 
 

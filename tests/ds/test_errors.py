@@ -96,13 +96,23 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "missing deep_ep": (lambda: initialize({"ep_backend": "deep_ep"}), ImportError,
                         "ep_backend 'deep_ep' cannot be used: package deep_ep is not installed"),
     "gemm_backend": (lambda: initialize({"gemm_backend": "triton"}), ValueError,
-                     "flashfusemoe.gemm_backend is 'triton', which this version does not have yet"),
+                     "gemm_backend is 'triton', which this version does not have; valid: grouped_mm, reference"),
+    "gemm_backend of a layer": (lambda: layer(gemm_backend="bogus"), ValueError, "gemm_backend is 'bogus', which"),
+    "gemm_backend of the function": (lambda: functional(gemm_backend="bogus"), ValueError, "gemm_backend is 'bogus'"),
+    "sharded layer in an engine": (lambda: initialize({}, nn.Sequential(sharded())), ValueError,
+                                   "0 is a MoELayer after shard_experts"),
     "world too small": (lambda: initialize(model=nn.Sequential(moe(ep_size=4))), ValueError,
                         "ep_size is 4, but there are 1 ranks per pipeline stage"),
     "split groups": (lambda: split_groups(), ValueError,
-                     "parameter groups 0 and 1 hold experts' parameters that are stacked into one of shape (4, 16, 8)"),
+                     "parameter groups 0 and 1 hold experts' parameters that are stacked into one of shape (4, "),
     "optimizer with state": (lambda: used_optimizer(), ValueError, "build it after replace_moe(model)"),
 }  # fmt: skip
+
+
+def sharded() -> MoELayer:
+    sharded_layer = layer()
+    sharded_layer.ep_group = object()  # what shard_experts leaves; a group of one rank would need a process group
+    return sharded_layer
 
 
 def split_groups() -> None:

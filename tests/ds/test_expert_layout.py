@@ -89,7 +89,7 @@ def test_recognised(name: str) -> None:
     torch.manual_seed(0)
     expert = make()
     before = torch.get_rng_state()
-    layout, reason = recognise(expert, D)
+    layout, reason = recognise([expert], D)
     assert layout is not None, reason
     assert (layout.activation, layout.up, layout.packing) == (activation, up, packing)
     assert torch.equal(torch.get_rng_state(), before), "the probe drew from the user's generator"
@@ -111,17 +111,24 @@ def tied() -> nn.Module:
     return expert
 
 
+def half_frozen() -> nn.Module:
+    expert = Gated()
+    expert.down.weight.requires_grad_(False)
+    return expert
+
+
 NOT_FUSED = {
-    "dropout on": (lambda: Sequential(nn.Dropout(0.1)), "differs from every activation"),
+    "dropout on": (lambda: Sequential(nn.Sequential(nn.GELU(), nn.Dropout(0.1))), "in training and in evaluation"),
     "quick gelu": (lambda: Sequential(quick_gelu), "differs from every activation"),
     "clamp at 50": (lambda: Sequential(lambda h: F.silu(h).clamp(max=50)), "differs from every activation"),
     "residual inside": (lambda: Residual(F.gelu), "differs from every activation"),
     "tanh": (lambda: Sequential(torch.tanh), "differs from every activation"),
     "layer norm": (lambda: nn.Sequential(nn.LayerNorm(D), Sequential(F.gelu)), "parameters outside"),
-    "buffer": (Scaled, "it has buffers"),
-    "hook": (with_hook, "it has hooks"),
+    "buffer": (Scaled, "one has buffers"),
+    "hook": (with_hook, "one has hooks"),
     "shared weight": (tied, "or shares them"),
-    "one linear": (lambda: nn.Linear(D, D), "it has 1 plain nn.Linear"),
+    "half frozen": (half_frozen, "only some of them are frozen"),
+    "one linear": (lambda: nn.Linear(D, D), "one has 1 plain nn.Linear"),
     "shapes": (lambda: nn.Sequential(nn.Linear(D, 5), nn.Linear(7, D)), "shapes"),
     "raises": (lambda: nn.Sequential(nn.Linear(D, I), nn.Flatten(0, 5), nn.Linear(I, D)), "does not run on a small"),
     "meta": (lambda: Sequential(F.gelu).to("meta"), "meta device"),
@@ -131,9 +138,17 @@ NOT_FUSED = {
 @pytest.mark.parametrize("name", NOT_FUSED)
 def test_left_alone(name: str) -> None:
     make, why = NOT_FUSED[name]
-    layout, reason = recognise(make(), D)
+    layout, reason = recognise([make()], D)
     assert layout is None and why in reason
 
 
+def test_experts_that_differ_are_left_alone() -> None:
+    frozen = Sequential(F.gelu).requires_grad_(False)
+    for odd in (Gated(), Sequential(F.gelu, bias=False), Sequential(F.gelu).double(), frozen):
+        layout, reason = recognise([Sequential(F.gelu), odd], D)
+        assert layout is None and "differ in structure, or in which parameters are trained" in reason
+    assert recognise([frozen, frozen], D)[0] is not None
+
+
 def test_another_hidden_size_is_no_mlp() -> None:
-    assert recognise(Sequential(F.gelu), D + 1)[0] is None
+    assert recognise([Sequential(F.gelu)], D + 1)[0] is None

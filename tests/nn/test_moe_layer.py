@@ -95,6 +95,20 @@ def test_fused_moe_equals_the_layer() -> None:
     assert {k: v.item() for k, v in losses.items()} == {k: v.item() for k, v in expected_losses.items()}
 
 
+def test_fused_moe_under_autocast() -> None:
+    """The experts in bf16, the router in float32, as in the layer."""
+    layer = make_layer(gating="softmax_renorm").float()
+    x = torch.randn(64, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, expected_losses = layer(x)
+        out, losses = fused_moe(
+            x, layer.router.weight, layer.experts.gate_up_proj, layer.experts.down_proj, top_k=2,
+            gating="softmax_renorm", aux_loss_coeff=0.1, z_loss_coeff=0.01,
+        )  # fmt: skip
+    assert out.dtype is torch.bfloat16 and torch.equal(out, expected)
+    assert losses["z_loss"].item() == expected_losses["z_loss"].item()
+
+
 def test_losses_are_absent_without_a_coefficient() -> None:
     assert make_layer(aux_loss_coeff=0.0, z_loss_coeff=0.0)(torch.randn(3, 16, dtype=torch.float64))[1] == {}
 

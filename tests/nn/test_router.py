@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from flashfusemoe_ds.kernels import reference
 from flashfusemoe_ds.nn.losses import balanced_bias, load_balancing_loss, router_z_loss
-from flashfusemoe_ds.nn.router import GATINGS, Gating, Router, limit_routes, route
+from flashfusemoe_ds.nn.router import GATINGS, Gating, Router, limit_routes, route, router_logits
 from flashfusemoe_ds.types import Routing
 from tests.close import relative_error
 
@@ -145,6 +145,16 @@ def test_bias_moves_load_to_the_idle_experts() -> None:
     assert "routed_counts" not in router.state_dict() and "expert_bias" in router.state_dict()
 
 
+def test_the_bias_stays_float32_whatever_the_model_is_cast_to() -> None:
+    router = Router(8, 4, 2, Gating(expert_bias=True, bias_update_rate=1e-3)).to(torch.bfloat16)
+    assert router.weight.dtype is torch.bfloat16 and router.expert_bias.dtype is torch.float32
+    with torch.no_grad():
+        router.expert_bias.fill_(0.5)
+    router.half().routed_counts += torch.tensor([300, 500, 0, 800])
+    router.update_expert_bias()
+    assert torch.allclose(router.expert_bias, torch.tensor([0.501, 0.499, 0.501, 0.499]), rtol=0, atol=1e-7)
+
+
 def test_evaluation_does_not_count() -> None:
     router = Router(8, 4, 2, Gating(expert_bias=True)).eval()
     router(torch.randn(6, 8))
@@ -172,6 +182,19 @@ def test_broken_logits_stay_in_bounds(name: str, bad: float) -> None:
     assert torch.isfinite(weight[[0, 1, 2, 4, 5, 6]]).all()
     if bad != bad:
         assert torch.isnan(weight[7]).any()
+
+
+def test_router_keeps_x_itself_and_not_a_float32_copy() -> None:
+    x, weight = torch.randn(16, 8, dtype=torch.bfloat16), torch.randn(4, 8, dtype=torch.bfloat16)
+    x.requires_grad_(), weight.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        logits = router_logits(x, weight)
+    assert {t.data_ptr() for t in kept} == {x.data_ptr(), weight.data_ptr()}
+    direction = torch.randn(16, 4)
+    grads = torch.autograd.grad(logits, (x, weight), direction)
+    exact = torch.autograd.grad(x.float() @ weight.float().T, (x, weight), direction)
+    assert all(torch.equal(a, b) for a, b in zip(grads, exact, strict=True))
 
 
 @pytest.mark.parametrize(
