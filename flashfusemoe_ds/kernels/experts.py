@@ -103,9 +103,8 @@ class _Experts(torch.autograd.Function):
         h_NH = _up(x_RD, order, w_up, b_up, gemm)
         scale_N1 = _route_weights(weight_RK, order)
         a_NF = (activation.forward(h_NH.to(compute_dtype(h_NH.dtype))) * scale_N1).to(x_RD.dtype)
-        y_ND = gemm.nt(a_NF, w_down, order.ends_e)
-        if b_down is not None:
-            y_ND = (y_ND + b_down[order.expert_N] * scale_N1).to(x_RD.dtype)
+        bias_ND = None if b_down is None else (b_down[order.expert_N] * scale_N1).to(x_RD.dtype)
+        y_ND = gemm.nt(a_NF, w_down, order.ends_e, bias_ND)
         out_RD = gather_sum(y_ND, order.pos_RK)
 
         ctx.save_for_backward(x_RD, None if recompute else h_NH, weight_RK, w_up, w_down, b_up, b_down, idx_RK)
@@ -150,8 +149,8 @@ class _Experts(torch.autograd.Function):
 
 
 def _up(x_RD: Tensor, order: ExpertOrder, w_up: Tensor, b_up: Tensor | None, gemm: GroupedGemm) -> Tensor:
-    h_NH = gemm.nt(x_RD.index_select(0, order.row_N), w_up, order.ends_e)
-    return h_NH if b_up is None else h_NH + b_up[order.expert_N]
+    bias_NH = None if b_up is None else b_up[order.expert_N]
+    return gemm.nt(x_RD.index_select(0, order.row_N), w_up, order.ends_e, bias_NH)
 
 
 def _route_weights(weight_RK: Tensor, order: ExpertOrder) -> Tensor:

@@ -36,15 +36,21 @@ class DeepSpeedGating:
     rsample: bool
 
 
+def _uniform(like: Tensor, low: float, high: float) -> Tensor:
+    """The draws of torch.distributions.Uniform, bit for bit, without its constants' copies to the GPU."""
+    low32, high32 = torch.tensor(low), torch.tensor(high)
+    return torch.rand_like(like) * float(high32 - low32) + float(low32)
+
+
 def jitter(x_TD: Tensor, epsilon: float = 1e-2) -> Tensor:
-    """Multiplies by uniform noise in [1 - epsilon, 1 + epsilon], drawn as torch.distributions.Uniform draws it."""
-    low, high = torch.tensor(1.0 - epsilon, device=x_TD.device), torch.tensor(1.0 + epsilon, device=x_TD.device)
-    return x_TD * torch.distributions.Uniform(low, high).rsample(x_TD.shape)
+    """Multiplies float32 x by uniform noise in [1 - epsilon, 1 + epsilon]."""
+    return x_TD * _uniform(x_TD, 1.0 - epsilon, 1.0 + epsilon)
 
 
-def _gumbel(logits: Tensor) -> Tensor:
-    zero, one = torch.tensor(0.0, device=logits.device), torch.tensor(1.0, device=logits.device)
-    return torch.distributions.Gumbel(zero, one).rsample(logits.shape)
+def gumbel_noise(logits: Tensor) -> Tensor:
+    """The draws of torch.distributions.Gumbel(0, 1), bit for bit; their uniform never is 0 or 1."""
+    finfo = torch.finfo(torch.float32)
+    return -torch.log(-torch.log(_uniform(logits, finfo.tiny, 1 - finfo.eps)))
 
 
 def capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_capacity: int) -> int:
@@ -82,7 +88,7 @@ def deepspeed_gating(
 
 def _top1(logits_TE: Tensor, gating: DeepSpeedGating, used_token_T: Tensor | None) -> tuple[Routing, Tensor]:
     num_tokens, num_experts = logits_TE.shape
-    noisy_TE = logits_TE + _gumbel(logits_TE) if gating.rsample else None
+    noisy_TE = logits_TE + gumbel_noise(logits_TE) if gating.rsample else None
     gates_TE = F.softmax(logits_TE, dim=1)
     choice_T = torch.argmax(gates_TE if noisy_TE is None else noisy_TE, dim=1)
     mask_TE = F.one_hot(choice_T, num_experts)
@@ -109,7 +115,7 @@ def _top2(logits_TE: Tensor, gating: DeepSpeedGating) -> tuple[Routing, Tensor]:
     first_T = torch.argmax(gates_TE, dim=1)
     first_TE = F.one_hot(first_T, num_experts)
     with torch.no_grad():
-        noisy_TE = logits_TE + _gumbel(logits_TE) if gating.top2_2nd_expert_sampling else logits_TE
+        noisy_TE = logits_TE + gumbel_noise(logits_TE) if gating.top2_2nd_expert_sampling else logits_TE
         second_T = torch.argmax(noisy_TE.masked_fill(first_TE.bool(), float("-inf")), dim=1)
     second_TE = F.one_hot(second_T, num_experts)
     counts_E = (first_TE + second_TE).sum(0)
