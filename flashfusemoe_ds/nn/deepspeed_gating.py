@@ -103,10 +103,9 @@ def _top1(logits_TE: Tensor, gating: DeepSpeedGating, used_token_T: Tensor | Non
         limit = min(capacity(num_tokens, num_experts, gating.capacity_factor, gating.min_capacity), num_tokens)
         selected_CE = torch.topk(priority_TE, k=limit, dim=0)[1]
         mask_TE = mask_TE * torch.zeros_like(mask_TE).scatter_(0, selected_CE, 1)
-    kept_T = mask_TE.sum(1) > 0
-    idx_TK = torch.where(kept_T, choice_T, -1).unsqueeze(1)
     weight_TK = (gates_TE * mask_TE).sum(1, keepdim=True)
-    return Routing(idx_TK, weight_TK, counts_E), l_aux
+    kept_TK = mask_TE.any(1, keepdim=True)
+    return Routing(_drop(choice_T.unsqueeze(1), kept_TK, weight_TK), weight_TK, counts_E), l_aux
 
 
 def _top2(logits_TE: Tensor, gating: DeepSpeedGating) -> tuple[Routing, Tensor]:
@@ -130,7 +129,7 @@ def _top2(logits_TE: Tensor, gating: DeepSpeedGating) -> tuple[Routing, Tensor]:
         second_TE = second_TE * (second_place_TE < limit)
     weight_TK = torch.stack([(gates_TE * first_TE).sum(1), (gates_TE * second_TE).sum(1)], dim=1)
     kept_TK = torch.stack([first_TE.any(1), second_TE.any(1)], dim=1)
-    idx_TK = torch.where(kept_TK, torch.stack([first_T, second_T], dim=1), -1)
+    idx_TK = _drop(torch.stack([first_T, second_T], dim=1), kept_TK, weight_TK)
     return Routing(idx_TK, _over_survivors(weight_TK), counts_E), l_aux
 
 
@@ -149,8 +148,13 @@ def _topk(logits_TE: Tensor, gating: DeepSpeedGating) -> tuple[Routing, Tensor]:
         selected_CE = torch.topk(chosen_TE, k=min(limit, num_tokens), dim=0, sorted=False)[1]
         mask_TE = mask_TE & torch.zeros_like(mask_TE).scatter_(0, selected_CE, True)
     kept_TK = mask_TE.gather(1, choice_TK)
-    idx_TK = torch.where(kept_TK, choice_TK, -1)
-    return Routing(idx_TK, _over_survivors(gate_TK * kept_TK), counts_E), l_aux
+    weight_TK = gate_TK * kept_TK
+    return Routing(_drop(choice_TK, kept_TK, weight_TK), _over_survivors(weight_TK), counts_E), l_aux
+
+
+def _drop(idx_TK: Tensor, kept_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Ids, -1 where not kept. A NaN weight keeps its route: in DeepSpeed too it reaches the output."""
+    return torch.where(kept_TK | torch.isnan(weight_TK), idx_TK, -1)
 
 
 def _over_survivors(weight_TK: Tensor) -> Tensor:

@@ -261,7 +261,8 @@ def limit_routes(routing: Routing, limit: int) -> Routing:
     start = counts.cumsum(0) - counts
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device) - start[key[order]]
-    kept_TK = ((place < limit) & (flat >= 0)).view_as(idx_TK)
+    # A NaN weight keeps its route, so that it reaches the output.
+    kept_TK = ((place < limit) & (flat >= 0)).view_as(idx_TK) | torch.isnan(routing.weight_TK)
     return Routing(
         torch.where(kept_TK, idx_TK, -1), torch.where(kept_TK, routing.weight_TK, 0), routing.counts_E, routing.losses
     )
