@@ -11,13 +11,13 @@ from deepspeed.moe.layer import MoE as StockMoE
 from torch import Tensor, nn
 
 from flashfusemoe_ds import MoE, MoELayer
-from flashfusemoe_ds.ds.state_names import stock_grads
 from flashfusemoe_ds.kernels import reference
 from flashfusemoe_ds.kernels.activation import ACTIVATIONS
 from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.grouped_gemm import select_gemm
 from tests.close import relative_error, value_and_grads
 from tests.ds.experts_zoo import GatedMLP
+from tests.ds.stock_grads import stock_grads
 from tests.kernels.test_experts import make_case
 
 pytestmark = pytest.mark.gpu

@@ -12,11 +12,11 @@ from deepspeed.moe.layer import MoE as StockMoE
 from torch import nn
 
 from flashfusemoe_ds import MoE
-from flashfusemoe_ds.ds.state_names import stock_grads
 from flashfusemoe_ds.nn.experts import ModuleExperts
 from tests.close import relative_error
 from tests.distributed import run_ranks
 from tests.ds.experts_zoo import GatedMLP
+from tests.ds.stock_grads import stock_grads
 
 D = 8
 

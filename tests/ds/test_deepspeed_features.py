@@ -22,11 +22,11 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import flashfusemoe_ds
 from flashfusemoe_ds import MoE, get_dense_params, replace_moe
-from flashfusemoe_ds.ds.state_names import stock_grads
 from tests.distributed import run_ranks
 from tests.ds import tiny
 from tests.ds.compare import assert_all_near, assert_near
 from tests.ds.experts_zoo import EXPERTS
+from tests.ds.stock_grads import stock_grads
 
 EP_SIZE = 2
 

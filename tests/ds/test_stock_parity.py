@@ -14,10 +14,10 @@ from deepspeed.moe.utils import is_moe_param
 from torch import Tensor, nn
 
 from flashfusemoe_ds import MoE
-from flashfusemoe_ds.ds.state_names import stock_grads
 from tests.distributed import run_ranks
 from tests.ds.compare import assert_all_near, assert_near
 from tests.ds.experts_zoo import EXPERTS, FUSED
+from tests.ds.stock_grads import stock_grads
 
 AUX_WEIGHT = 0.3  # large enough that a wrong gradient of the auxiliary loss shows
 
