@@ -127,6 +127,8 @@ def _rank_main(
         if init:
             import deepspeed
 
+            # On CPUs DeepSpeed compiles a shared-memory all-reduce first, and fails where there is no C++ compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             if accelerator == "cuda":
                 torch.cuda.set_device(rank)
             deepspeed.init_distributed(
