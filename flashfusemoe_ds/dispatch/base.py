@@ -87,5 +87,5 @@ def dispatch(dispatcher: Dispatcher, x_TD: Tensor, routing: Routing) -> Dispatch
 def combine(dispatcher: Dispatcher, y_RD: Tensor, handle: Any) -> Tensor:
     """Experts' sums back to their tokens, differentiable in y."""
     if dispatcher.ep_size == 1:
-        return y_RD
+        return dispatcher.combine(y_RD, handle)[0]
     return _Combine.apply(y_RD, dispatcher, handle)

@@ -57,10 +57,11 @@ def guard_checkpoints(engine: Any) -> None:
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> Any:
+        tag = None if tag is None else str(tag)
         # A universal checkpoint is loaded by parameter name, not by position; DeepSpeed checks it.
         if load_optimizer_states and not load_module_only and not engine.load_universal_checkpoint():
             # Rank 0 alone looks, so that ranks on other file systems do not decide otherwise.
-            verdict = [foreign_optimizer(engine.module, load_dir, tag) if dist.get_rank() == 0 else None]
+            verdict = [_judge(engine.module, load_dir, tag) if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(verdict, src=0)
             if verdict[0] is not None:
                 raise ValueError(verdict[0])
@@ -77,6 +78,14 @@ def guard_checkpoints(engine: Any) -> None:
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
 
 
+def _judge(model: nn.Module, load_dir: str, tag: str | None) -> str | None:
+    """`foreign_optimizer`, with an error as its answer: rank 0 must not raise while the others wait for it."""
+    try:
+        return foreign_optimizer(model, load_dir, tag)
+    except Exception as error:
+        return _refusal(load_dir, str(tag), f"its {LAYOUT_FILE} cannot be read ({type(error).__name__}: {error})")
+
+
 def foreign_optimizer(model: nn.Module, load_dir: str, tag: str | None) -> str | None:
     """Why the checkpoint's optimizer state must not be loaded into this model; None if it may. Reads no tensor."""
     tag = tag or _latest(load_dir)
@@ -86,7 +95,9 @@ def foreign_optimizer(model: nn.Module, load_dir: str, tag: str | None) -> str |
     path = os.path.join(load_dir, tag, LAYOUT_FILE)
     if not os.path.isfile(path):
         if any(layer["experts"] == "stacked" for layer in ours):
-            return _refusal(load_dir, tag, "stock DeepSpeed saved it, per expert; here it is stacked")
+            return _refusal(
+                load_dir, tag, f"it has no {LAYOUT_FILE}, so stock DeepSpeed saved it, per expert; here it is stacked"
+            )
         return None
     with open(path) as file:
         theirs = json.load(file)["moe_layers"]

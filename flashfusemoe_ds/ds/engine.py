@@ -20,7 +20,7 @@ from flashfusemoe_ds.config import SECTION, FlashFuseMoEConfig
 from flashfusemoe_ds.dispatch.select import check_ep_backend, resolve_hybrid
 from flashfusemoe_ds.ds.checkpoint import guard_checkpoints
 from flashfusemoe_ds.ds.moe import MoE
-from flashfusemoe_ds.ds.replace import remap_groups, remap_optimizer, replace_moe_and_map
+from flashfusemoe_ds.ds.replace import remap_groups, remap_optimizer, replace_moe
 from flashfusemoe_ds.kernels.grouped_gemm import check_gemm_backend
 from flashfusemoe_ds.nn.moe_layer import MoELayer
 
@@ -56,18 +56,21 @@ def initialize(
     section = FlashFuseMoEConfig.from_ds_config(ds_config)
     check_section(section)
 
+    # Taken as a list first: a generator over the model would see the replaced parameters, or none.
+    model_parameters = None if model_parameters is None else list(model_parameters)
     if section.replace_moe:
-        groups = None if model_parameters is None else list(model_parameters)
-        model, mapping = replace_moe_and_map(model)
-        model_parameters = remap_groups(groups, mapping)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            remap_optimizer(optimizer, mapping)
+        replace_moe(model)
+    model_parameters = remap_groups(model_parameters)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        remap_optimizer(optimizer)
     _refuse_sharded_layers(model)
     layers = [m for m in model.modules() if isinstance(m, MoE)]
     if not layers:
         logger.warning(f"{SECTION}: the model has no deepspeed.moe or flashfusemoe_ds MoE layer; nothing to do")
+    world_size = _world_size(mpu)
     for layer in layers:
-        layer.check_world(_world_size(mpu))
+        if world_size is not None:
+            layer.check_world(world_size)
         layer.configure(section)
 
     port = {} if distributed_port is None else {"distributed_port": distributed_port}
@@ -121,7 +124,8 @@ def attach(engine: Any) -> Any:
     if layers and not getattr(engine, "_flashfusemoe_attached", False):
         guard_checkpoints(engine)
         engine._flashfusemoe_attached = True
-        overlapped = engine.zero_optimization() and engine.zero_overlap_comm()
+        # Asked of the optimizer: DeepSpeed may choose one that does not overlap whatever the config says.
+        overlapped = getattr(engine.optimizer, "overlap_comm", False)
         log_dist(_summary(section, layers, overlapped), ranks=[0])
     return engine
 
@@ -150,13 +154,14 @@ def _refuse_sharded_layers(model: nn.Module) -> None:
             )
 
 
-def _world_size(mpu: Any) -> int:
-    """Ranks per pipeline stage, known from the launcher's environment before torch.distributed is."""
+def _world_size(mpu: Any) -> int | None:
+    """Ranks per pipeline stage, known from most launchers before torch.distributed is; None if not yet known."""
     # torchrun and the deepspeed launcher, Open MPI, MPICH.
     names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    launched = next((int(os.environ[name]) for name in names if name in os.environ), 1)
-    world = dist.get_world_size() if dist.is_initialized() else launched
-    return world // (1 if mpu is None else bwc_pipeline_parallel_world_size(mpu))
+    world = next((int(os.environ[name]) for name in names if name in os.environ), None)
+    if dist.is_initialized():
+        world = dist.get_world_size()
+    return None if world is None else world // (1 if mpu is None else bwc_pipeline_parallel_world_size(mpu))
 
 
 def _with_overlap(ds_config: dict[str, Any], section: FlashFuseMoEConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ STOCK_PREFIX = "deepspeed_experts."
 
 
 class FusedExperts(GroupedExperts):
-    """`GroupedExperts` made from the user's expert modules.
+    """`GroupedExperts` made from the user's expert modules, which are consumed: their storage is freed.
 
     `state_dict` and `load_state_dict` speak stock names, `deepspeed_experts.{i}.<the expert's own name>`, so that
     checkpoints of stock DeepSpeed and of this layer are the same files. `named_parameters` lists the stacked ones.
@@ -40,8 +40,9 @@ class FusedExperts(GroupedExperts):
             dtype=down.dtype,
         )
         self.layout = layout
-        # Structure without storage: what `apply` hands to the user's function.
-        self._template = [copy.deepcopy(modules[0]).to("meta")]
+        # Structure without storage: what `apply` hands to the user's function. In a tuple, because a module attribute
+        # would register as a child.
+        self._template = (copy.deepcopy(modules[0]).to("meta"),)
         for i, own in enumerate(tensors):
             self._write_expert(i, own)
         for name, parts in layout.sources().items():
@@ -49,6 +50,12 @@ class FusedExperts(GroupedExperts):
             param.requires_grad_(source.requires_grad)
             # Marks that DeepSpeed and users put on parameters: allreduce, group_name, and the like.
             param.__dict__.update(source.__dict__)
+            # Lists of parameters made before this find the successor here (ds/replace.py).
+            param.num_parts = len(parts) * len(tensors)
+            for own in tensors:
+                for part in parts:
+                    own[part].fused_into = param
+                    own[part].data = own[part].data.new_empty(0)
 
     def reset_parameters(self) -> None:
         """Nothing: the weights come from the user's modules, and no random number may be drawn for them."""
@@ -61,27 +68,48 @@ class FusedExperts(GroupedExperts):
         """Expert i's tensors under its own names, from parameters (or gradients) by stacked name."""
         return self.layout.unstack({name: tensor[i] for name, tensor in stacked.items()})
 
+    def _values(self, i: int) -> dict[str, Tensor]:
+        return self.expert_tensors(i, {name: p.detach() for name, p in self.stacked().items()})
+
     @torch.no_grad()
     def _write_expert(self, i: int, own: dict[str, Tensor]) -> None:
         for name, value in self.layout.stack(own).items():
             getattr(self, name)[i].copy_(value)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> FusedExperts:
-        """nn.Module.apply, with the experts as the modules they were.
+        """nn.Module.apply, with the experts as the modules they were: weights and requires_grad that fn sets arrive.
 
         Weights are written back only if fn changed them: DeepSpeed's profiler applies functions that do not, between
-        forward and backward, where autograd refuses parameters that were written to.
+        forward and backward, where autograd refuses parameters that were written to. Hooks that fn registers on an
+        expert are lost: the modules it sees do not run.
+
+        Raises:
+            ValueError: fn renamed parameters, or changed requires_grad of some parts of a stacked parameter only.
         """
+        trained: dict[str, set[bool]] = {name: set() for name in self.layout.sources()}
+        part_of = {part: name for name, parts in self.layout.sources().items() for part in parts}
         for i in range(self.num_local_experts):
-            expert = copy.deepcopy(self._template[0]).to_empty(device=self.down_proj.device)
-            own = self.expert_tensors(i, {name: p.detach() for name, p in self.stacked().items()})
+            expert = copy.deepcopy(self._template[0]).to_empty(device=self.down_proj.device).train(self.training)
+            own = self._values(i)
             with torch.no_grad():
                 for name, param in expert.named_parameters():
                     param.copy_(own[name])
+                    param.requires_grad_(getattr(self, part_of[name]).requires_grad)
             expert.apply(fn)
-            now = {name: p.detach() for name, p in expert.named_parameters()}
-            if any(not torch.equal(now[name], own[name]) for name in now):
-                self._write_expert(i, now)
+            now = dict(expert.named_parameters())
+            if set(now) != set(own):
+                raise ValueError(
+                    f"apply: the function changed an expert's parameters from {sorted(own)} to {sorted(now)}; "
+                    "do that before the layer is built or replaced"
+                )
+            for name, param in now.items():
+                trained[part_of[name]].add(param.requires_grad)
+            if any(not torch.equal(now[name].detach(), own[name]) for name in own):
+                self._write_expert(i, {name: p.detach() for name, p in now.items()})
+        for name, flags in trained.items():
+            if len(flags) > 1:
+                raise ValueError(f"apply: the function set requires_grad differently on parts of the stacked {name}")
+            getattr(self, name).requires_grad_(flags.pop())
         fn(self)
         return self
 
@@ -101,21 +129,36 @@ class FusedExperts(GroupedExperts):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        expected = self.expert_tensors(0, {name: p.detach() for name, p in self.stacked().items()})
-        known = set()
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        known, loaded = set(), []
         for i in range(self.num_local_experts):
-            keys = {name: f"{prefix}{STOCK_PREFIX}{i}.{name}" for name in self.layout.leaves}
-            known.update(keys.values())
-            absent = [key for key in keys.values() if key not in state_dict]
-            missing_keys.extend(absent)
-            wrong = [
-                f"size mismatch for {key}: the checkpoint has {tuple(state_dict[key].shape)}, "
-                f"the expert {tuple(expected[name].shape)}"
-                for name, key in keys.items()
-                if key in state_dict and state_dict[key].shape != expected[name].shape
-            ]
-            error_msgs.extend(wrong)
-            if not absent and not wrong:
-                self._write_expert(i, {name: state_dict[key] for name, key in keys.items()})
+            own = self._values(i)
+            for name, value in own.items():
+                key = f"{prefix}{STOCK_PREFIX}{i}.{name}"
+                known.add(key)
+                if key not in state_dict:
+                    missing_keys.append(key)
+                elif state_dict[key].shape != value.shape:
+                    error_msgs.append(
+                        f"size mismatch for {key}: the checkpoint has {tuple(state_dict[key].shape)}, "
+                        f"the expert {tuple(value.shape)}"
+                    )
+                else:
+                    own[name] = state_dict[key]
+            if assign:
+                loaded.append(self.layout.stack(own))
+            else:
+                self._write_expert(i, own)
+        if assign:
+            self._assign(loaded)
         if strict:
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+
+    def _assign(self, experts: list[dict[str, Tensor]]) -> None:
+        """load_state_dict(assign=True): parameters take dtype and device of what was loaded."""
+        for name, old in self.stacked().items():
+            new = nn.Parameter(torch.stack([own[name].detach() for own in experts]), old.requires_grad)
+            new.__dict__.update(old.__dict__)
+            setattr(self, name, new)

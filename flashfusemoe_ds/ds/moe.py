@@ -25,26 +25,17 @@ from torch import Tensor, nn
 
 from flashfusemoe_ds.config import FlashFuseMoEConfig
 from flashfusemoe_ds.dispatch.base import Dispatcher, combine, dispatch
-from flashfusemoe_ds.dispatch.local import LocalDispatcher
 from flashfusemoe_ds.dispatch.select import check_ep_backend, make_dispatcher
 from flashfusemoe_ds.ds.expert_layout import recognise
 from flashfusemoe_ds.ds.fused_experts import FusedExperts
-from flashfusemoe_ds.nn.checks import check_hidden, check_positive
+from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden, check_positive
 from flashfusemoe_ds.nn.deepspeed_gating import NOISE_POLICIES, DeepSpeedGating, deepspeed_gating, jitter
 from flashfusemoe_ds.nn.experts import ModuleExperts
 from flashfusemoe_ds.nn.router import router_logits
 from flashfusemoe_ds.types import Routing
 
 
-def _adopt(cls: type, module: nn.Module) -> nn.Module:
-    """The same module as an instance of one of our subclasses: same parameters, children, hooks and flags."""
-    adopted = cls.__new__(cls)
-    adopted.__dict__.update(module.__dict__)
-    adopted.__dict__["_modules"] = dict(module._modules)
-    return adopted
-
-
-class TopKGate(StockTopKGate):
+class FusedTopKGate(StockTopKGate):
     """DeepSpeed's gate, returning a `Routing` and l_aux."""
 
     def forward(self, input: Tensor, used_token: Tensor | None = None) -> tuple[Routing, Tensor]:
@@ -52,7 +43,8 @@ class TopKGate(StockTopKGate):
         if self.wall_clock_breakdown:
             self.timers(TOPK_GATE_TIMER).start()
         jittered = self.noisy_gate_policy == "Jitter" and self.training
-        logits_TE = router_logits(jitter(input.float()) if jittered else input, self.wg.weight)
+        x_TD = jitter(input.float()) if jittered else input
+        logits_TE = router_logits(x_TD, self.wg.weight, torch.float32)
         gating = DeepSpeedGating(
             k=self.k,
             capacity_factor=self.capacity_factor if self.training else self.eval_capacity_factor,
@@ -70,28 +62,32 @@ class TopKGate(StockTopKGate):
         return routed
 
 
-class MOELayer(StockMOELayer):
+class FusedMOELayer(StockMOELayer):
     """Gate, dispatch, experts, combine. `experts` is a FusedExperts, or a ModuleExperts for experts of other kinds."""
 
     dispatcher: Dispatcher
     config: FlashFuseMoEConfig
 
     @classmethod
-    def from_stock(cls, stock: StockMOELayer) -> MOELayer:
-        """Takes over a stock layer's gate, experts and group."""
-        layer = _adopt(cls, stock)
-        layer.gate = _adopt(TopKGate, stock.gate)
+    def convert(cls, layer: StockMOELayer, tied: set[int], experts: nn.Module | None, copies: bool) -> None:
+        """Turns a stock layer into one of this class in place; see `MoE.convert`."""
+        layer.__class__ = cls
+        layer.gate.__class__ = FusedTopKGate
         layer.use_tutel = False
-        modules = list(stock.experts.deepspeed_experts)
-        layout, reason = recognise(modules, stock.gate.wg.in_features)
-        if layout is not None:
-            layer.experts = FusedExperts(modules, layout)
-        else:
-            layer.experts = ModuleExperts(modules)
-            logger.warning_once(f"experts of class {type(modules[0]).__name__} run one by one, not fused: {reason}")
         layer.config = FlashFuseMoEConfig()
+        layer.experts = experts if experts is not None else layer._fuse(tied, copies)
         layer._bind()
-        return layer.train(stock.training)
+
+    def _fuse(self, tied: set[int], copies: bool) -> FusedExperts | ModuleExperts:
+        modules = list(self.experts.deepspeed_experts)
+        if any(id(p) in tied for m in modules for p in m.parameters()):
+            layout, reason = None, "their parameters are tied to others"
+        else:
+            layout, reason = recognise(modules[:1] if copies else modules, self.gate.wg.in_features)
+        if layout is None:
+            logger.warning_once(f"experts of class {type(modules[0]).__name__} run one by one, not fused: {reason}")
+        experts = ModuleExperts(modules) if layout is None else FusedExperts(modules, layout)
+        return experts.train(self.experts.training)
 
     def configure(self, config: FlashFuseMoEConfig) -> None:
         """Takes the section's settings; safe at any time between steps, on every rank alike."""
@@ -107,12 +103,9 @@ class MOELayer(StockMOELayer):
         self._bind()
 
     def _bind(self) -> None:
-        """Chooses the transport for the group at hand; the identity at ep_size 1 and before there is a group."""
-        if self.ep_size == 1 or self.ep_group is None:
-            self.dispatcher = LocalDispatcher()
-        else:
-            num_experts = self.num_local_experts * self.ep_size
-            self.dispatcher = make_dispatcher(self.config.ep_backend, self.ep_group, num_experts, comm=dist)
+        """Chooses the transport for the group at hand; the identity while there is none."""
+        num_experts = self.num_local_experts * self.ep_size
+        self.dispatcher = make_dispatcher(self.config.ep_backend, self.ep_group, num_experts, comm=dist)
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
         """[*, D] -> [*, D]; leaves l_aux and exp_counts (int64 [E], before drops) as attributes, as stock does."""
@@ -127,11 +120,13 @@ class MOELayer(StockMOELayer):
         if used_token is not None and used_token.numel() != x_TD.shape[0]:
             raise ValueError(f"used_token has {used_token.numel()} entries; the input has {x_TD.shape[0]} tokens")
 
+        rows_TD = self.experts.prepare(x_TD)
+
         self._start(MOE_TIMER)
         routing, self.l_aux = self.gate(x_TD, used_token)
         self.exp_counts = routing.counts_E
         self._start(FIRST_ALLTOALL_TIMER)
-        sent = dispatch(self.dispatcher, x_TD, routing)
+        sent = dispatch(self.dispatcher, rows_TD, routing)
         self._stop(FIRST_ALLTOALL_TIMER, "time_falltoall")
         y_RD = self.experts(sent)
         if flops_profiler.module_flop_count:
@@ -159,7 +154,7 @@ class MOELayer(StockMOELayer):
 
 
 class MoE(StockMoE):
-    """deepspeed.moe.layer.MoE, fused. Same arguments, same defaults, same results, same checkpoints.
+    """deepspeed.moe.layer.MoE, fused: the same arguments and defaults, outputs, losses and gradients.
 
     Differences that a user can see: nothing is padded to a capacity, so experts compute only real tokens;
     drop_tokens=False needs no agreement on a capacity between ranks; top-1 accepts fewer tokens than min_capacity, and
@@ -202,6 +197,12 @@ class MoE(StockMoE):
             raise ValueError(f"ep_size is {ep_size}; it must divide num_experts ({num_experts})")
         if k > num_experts:
             raise ValueError(f"k is {k}; valid: 1 to num_experts ({num_experts})")
+        for name, value in (
+            ("capacity_factor", capacity_factor),
+            ("eval_capacity_factor", eval_capacity_factor),
+            ("min_capacity", min_capacity),
+        ):
+            check_coefficient(name, value)
         if noisy_gate_policy not in NOISE_POLICIES:
             raise ValueError(f"noisy_gate_policy is {noisy_gate_policy!r}; valid: None, 'Jitter', 'RSample'")
         if use_tutel:
@@ -223,14 +224,19 @@ class MoE(StockMoE):
             enable_expert_tensor_parallelism=enable_expert_tensor_parallelism,
             top2_2nd_expert_sampling=top2_2nd_expert_sampling,
         )
-        self.deepspeed_moe = MOELayer.from_stock(self.deepspeed_moe)
+        # Stock just made the experts as copies of the one given, so recognising one recognises all.
+        FusedMOELayer.convert(self.deepspeed_moe, tied=set(), experts=None, copies=True)
 
     @classmethod
-    def from_stock(cls, stock: StockMoE) -> MoE:
-        """A fused layer that takes over a stock layer's weights, gate, residual MLP, hooks and flags."""
-        moe = _adopt(cls, stock)
-        moe.deepspeed_moe = MOELayer.from_stock(stock.deepspeed_moe)
-        return moe
+    def convert(cls, layer: StockMoE, *, tied: set[int] = frozenset(), experts: nn.Module | None = None) -> None:
+        """Turns a stock layer into a fused one in place: weights, hooks, flags and identity stay.
+
+        Args:
+            tied: ids of parameters that other modules hold too; experts with such ones are not fused.
+            experts: an already converted container, where two layers share theirs.
+        """
+        layer.__class__ = cls
+        FusedMOELayer.convert(layer.deepspeed_moe, tied, experts, copies=False)
 
     def configure(self, config: FlashFuseMoEConfig) -> None:
         """Takes the "flashfusemoe" section's settings; ValueError or ImportError if they cannot be met here."""

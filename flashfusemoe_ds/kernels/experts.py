@@ -114,6 +114,12 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_RD):
+        # A backward may be called inside autocast, which would cast the products below.
+        with torch.autocast(dout_RD.device.type, enabled=False):
+            return _Experts._backward(ctx, dout_RD)
+
+    @staticmethod
+    def _backward(ctx, dout_RD):
         x_RD, h_NH, weight_RK, w_up, w_down, b_up, b_down, idx_RK = ctx.saved_tensors
         need_x, need_weight, need_w_up, need_w_down, need_b_up, need_b_down = ctx.needs_input_grad[:6]
         gemm = ctx.gemm

@@ -39,7 +39,9 @@ class DeepSpeedGating:
 def _uniform(like: Tensor, low: float, high: float) -> Tensor:
     """The draws of torch.distributions.Uniform, bit for bit, without its constants' copies to the GPU."""
     low32, high32 = torch.tensor(low), torch.tensor(high)
-    return torch.rand_like(like) * float(high32 - low32) + float(low32)
+    # Not rand_like: it draws in the order of memory, which differs for a transposed tensor.
+    draws = torch.rand(like.shape, dtype=torch.float32, device=like.device)
+    return draws * float(high32 - low32) + float(low32)
 
 
 def jitter(x_TD: Tensor, epsilon: float = 1e-2) -> Tensor:
@@ -98,7 +100,7 @@ def _top1(logits_TE: Tensor, gating: DeepSpeedGating, used_token_T: Tensor | Non
     l_aux = (gates_TE.mean(0) * _one_hot_mean(mask_TE)).sum() * num_experts
 
     # Random token selection draws T * E numbers whether or not anything can be dropped.
-    priority_TE = mask_TE * torch.rand_like(gates_TE) if gating.use_rts else mask_TE
+    priority_TE = mask_TE * _uniform(gates_TE, 0.0, 1.0) if gating.use_rts else mask_TE
     if gating.drop_tokens:
         limit = min(capacity(num_tokens, num_experts, gating.capacity_factor, gating.min_capacity), num_tokens)
         selected_CE = torch.topk(priority_TE, k=limit, dim=0)[1]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.kernels.experts import compute_dtype, experts, gather_sum, sort_by_expert
-from flashfusemoe_ds.kernels.grouped_gemm import check_gemm_backend, select_gemm
+from flashfusemoe_ds.kernels.grouped_gemm import GroupedGemm, check_gemm_backend, select_gemm
 from flashfusemoe_ds.types import Dispatched
 
 
@@ -89,13 +89,24 @@ class GroupedExperts(nn.Module):
         width = self.activation.up_width(self.intermediate_size)
         return 2 * num_routes * self.d_model * (width + self.intermediate_size)
 
+    def _gemm(self, x: Tensor) -> GroupedGemm:
+        widths = (self.d_model, self.intermediate_size, self.activation.up_width(self.intermediate_size))
+        return select_gemm(self.gemm_backend, x, widths, self.num_local_experts)
+
+    def prepare(self, x_TD: Tensor) -> Tensor:
+        """The rows to dispatch, in the dtype the experts compute in. ValueError for what they cannot take: here,
+        before any rank waits for another."""
+        x_TD, down = under_autocast(x_TD, self.down_proj)
+        if x_TD.dtype != down.dtype:
+            raise ValueError(f"input is {x_TD.dtype}, the experts' parameters {down.dtype}; cast one or use autocast")
+        self._gemm(x_TD)
+        return x_TD
+
     def forward(self, sent: Dispatched) -> Tensor:
-        up, down = getattr(self, self.up_name), self.down_proj
-        up_bias, down_bias = getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
-        x_RD, up, down, up_bias, down_bias = under_autocast(sent.x_RD, up, down, up_bias, down_bias)
-        if x_RD.dtype != up.dtype:
-            raise ValueError(f"input is {x_RD.dtype}, the experts' parameters {up.dtype}; cast one or use autocast")
-        widths = (self.d_model, self.intermediate_size, up.shape[1])
+        x_RD = sent.x_RD
+        up, down, up_bias, down_bias = under_autocast(
+            getattr(self, self.up_name), self.down_proj, getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
+        )
         with torch.autocast(x_RD.device.type, enabled=False):
             return experts(
                 x_RD,
@@ -104,7 +115,7 @@ class GroupedExperts(nn.Module):
                 up,
                 down,
                 self.activation,
-                select_gemm(self.gemm_backend, x_RD, widths, self.num_local_experts),
+                self._gemm(x_RD),
                 b_up_eH=up_bias,
                 b_down_eD=down_bias,
                 num_routes=sent.num_routes,
@@ -116,7 +127,7 @@ class ModuleExperts(nn.Module):
     """Any modules as experts: dropless, one after another on exactly their own tokens.
 
     The modules see [1, 1, n, D], the rank that DeepSpeed's experts see, and may return a tuple whose first entry is
-    the output. One without tokens still runs, on n = 0 rows, so that its parameters get zero gradients, not None.
+    the output. One without tokens still runs, on a row of zeros, so that its parameters get zero gradients, not None.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -129,18 +140,26 @@ class ModuleExperts(nn.Module):
         """0: the modules are ordinary ones, which profilers count by themselves."""
         return 0
 
+    def prepare(self, x_TD: Tensor) -> Tensor:
+        """The rows to dispatch: as they are, the modules know what they take."""
+        return x_TD
+
     def forward(self, sent: Dispatched) -> Tensor:
         order = sort_by_expert(sent.idx_RK, self.num_local_experts, sent.num_routes)
         ends = order.ends_e.tolist()
         outputs = []
         for expert, start, end in zip(self.deepspeed_experts, [0, *ends[:-1]], ends, strict=True):
-            out = expert(sent.x_RD[order.row_N[start:end]].unsqueeze(0).unsqueeze(0))
+            rows = sent.x_RD[order.row_N[start:end]]
+            # Like a padded slot of DeepSpeed's: many modules do not take an empty tensor.
+            rows = rows if end > start else sent.x_RD.new_zeros(1, sent.x_RD.shape[1])
+            out = expert(rows.unsqueeze(0).unsqueeze(0))
             out = out[0] if isinstance(out, tuple) else out
-            outputs.append(out.reshape(end - start, out.shape[-1]))
+            outputs.append(out.reshape(len(rows), out.shape[-1])[: end - start])
         y_ND = torch.cat(outputs)
         if not len(y_ND):
-            # Still in the graph: the backward of this rank takes part in every exchange.
-            return sent.x_RD.new_zeros(sent.x_RD.shape) + y_ND.sum()
+            # Still in the graph with all inputs: the backward of this rank takes part in every exchange.
+            nothing = y_ND.sum() + sent.x_RD[:0].sum() + sent.weight_RK[:0].sum()
+            return y_ND.new_zeros(sent.x_RD.shape) + nothing.to(y_ND.dtype)
         weight_N1 = sent.weight_RK.reshape(-1)[order.route_N[: ends[-1]]].unsqueeze(1)
         acc = compute_dtype(y_ND.dtype)
         return gather_sum((y_ND.to(acc) * weight_N1), order.pos_RK).to(y_ND.dtype)

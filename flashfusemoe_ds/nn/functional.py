@@ -40,6 +40,8 @@ def fused_moe(
         Output [*, D] in the input's dtype (autocast's where that is on), and the losses whose coefficient is positive.
     """
     act, variant = get_activation(activation), get_gating(gating)
+    if gate_weight.dim() != 2:
+        raise ValueError(f"gate_weight has shape {tuple(gate_weight.shape)}; expected [E, D]")
     num_experts, d_model = gate_weight.shape
     check_hidden("fused_moe", hidden_states, d_model, w_up)
     check_coefficient("aux_loss_coeff", aux_loss_coeff)

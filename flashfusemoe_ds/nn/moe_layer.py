@@ -13,6 +13,8 @@ x [*, D]
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -77,7 +79,7 @@ class MoELayer(nn.Module):
         for name, value in (("latent_dim", latent_dim), ("max_tokens_per_expert", max_tokens_per_expert)):
             if value is not None:
                 check_positive(name, value)
-        if capacity_factor is not None and not capacity_factor > 0:
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
             raise ValueError(f"capacity_factor is {capacity_factor}; it must be positive, or None for no limit")
         check_coefficient("aux_loss_coeff", aux_loss_coeff)
         check_coefficient("z_loss_coeff", z_loss_coeff)
@@ -153,8 +155,9 @@ class MoELayer(nn.Module):
         """
         check_hidden("MoELayer", hidden_states, self.d_model, self.router.weight)
         x_TD = hidden_states.reshape(-1, self.d_model)
+        rows_TD = self.experts.prepare(x_TD if self.latent_down is None else self.latent_down(x_TD))
         routing = self._limited(self.router(x_TD))
-        sent = dispatch(self.dispatcher, x_TD if self.latent_down is None else self.latent_down(x_TD), routing)
+        sent = dispatch(self.dispatcher, rows_TD, routing)
         y_TD = combine(self.dispatcher, self.experts(sent), sent.handle)
         if self.latent_up is not None:
             y_TD = self.latent_up(y_TD)
@@ -177,9 +180,11 @@ class MoELayer(nn.Module):
         """Applies capacity_factor and max_tokens_per_expert."""
         limits = [] if self.max_tokens_per_expert is None else [self.max_tokens_per_expert]
         if self.capacity_factor is not None:
-            limits.append(-int(-(routing.idx_TK.numel() * self.capacity_factor) // self.num_experts))
+            # In exact arithmetic: as floats, 100 routes over 10 experts at factor 1.1 are a little over 11.
+            limits.append(math.ceil(routing.idx_TK.numel() * Fraction(str(self.capacity_factor)) / self.num_experts))
         if not limits:
             return routing
+        limits.append(routing.idx_TK.shape[0])  # no expert sees a token twice
         if self.allow_dropped_tokens:
             return limit_routes(routing, min(limits))
         self._refuse_overflow(routing.counts_E, min(limits))

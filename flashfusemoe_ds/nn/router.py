@@ -152,14 +152,19 @@ class _RouterLogits(torch.autograd.Function):
     def backward(ctx, dlogits_TE):
         x_TD, weight_ED = ctx.saved_tensors
         dtype = dlogits_TE.dtype
-        dx = (dlogits_TE @ weight_ED.to(dtype)).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
-        dweight = (dlogits_TE.T @ x_TD.to(dtype)).to(weight_ED.dtype) if ctx.needs_input_grad[1] else None
+        dx = dweight = None
+        with torch.autocast(x_TD.device.type, enabled=False):  # a backward may be called inside it
+            if ctx.needs_input_grad[0]:
+                dx = (dlogits_TE @ weight_ED.to(dtype)).to(x_TD.dtype)
+            if ctx.needs_input_grad[1]:
+                dweight = (dlogits_TE.T @ x_TD.to(dtype)).to(weight_ED.dtype)
         return dx, dweight, None
 
 
-def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """[T, E] in float32 for every 16-bit and 32-bit input, under autocast too; float64 stays float64."""
-    dtype = torch.float64 if x_TD.dtype is torch.float64 else torch.float32
+def router_logits(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[T, E] in float32, under autocast too. Left open, the dtype is float64 for float64 input."""
+    if dtype is None:
+        dtype = torch.float64 if x_TD.dtype is torch.float64 else torch.float32
     with torch.autocast(x_TD.device.type, enabled=False):
         return _RouterLogits.apply(x_TD, weight_ED, dtype)
 
@@ -234,7 +239,10 @@ class Router(nn.Module):
         exact = self.expert_bias if self.gating.expert_bias else None
         super()._apply(fn, recurse)
         if exact is not None:
-            self.expert_bias = exact.to(self.expert_bias.device)
+            # Coming from the meta device there is no value to keep.
+            self.expert_bias = (self.expert_bias if exact.is_meta else exact).to(
+                self.expert_bias.device, torch.float32
+            )
         return self
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as StockMoE
 from torch import Tensor
 
@@ -227,3 +228,27 @@ def _by_position(per_rank: list[dict[int, list[Saved]]], stage: int) -> list[Sav
         Saved(sum(part.eval_loss for part in parts) / len(parts), tiny.merge(part.weights for part in parts))
         for parts in zip(*(result[stage] for result in per_rank), strict=True)
     ]
+
+
+def _broken_layout_file(rank: int, world_size: int, folder: str) -> list[str]:
+    """What load_checkpoint says of a layout file cut short, by tag and by number."""
+    engine = _engine(True, 2, 1, rank)
+    engine.save_checkpoint(folder, tag=5)
+    if rank == 0:
+        path = Path(folder) / "5" / "flashfusemoe_layout.json"
+        path.write_text(path.read_text()[:20])
+    dist.barrier()
+    said = []
+    for tag in (None, 5, "5"):
+        try:
+            engine.load_checkpoint(folder, tag)
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_broken_layout_file_is_said_on_every_rank(tmp_path: Path) -> None:
+    for said in run_ranks(tiny.WORLD_SIZE, _broken_layout_file, str(tmp_path), timeout=120):
+        assert len(said) == 3
+        assert all("flashfusemoe_layout.json cannot be read (JSONDecodeError" in text for text in said), said

@@ -11,7 +11,7 @@ from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as StockMoE
 from torch import nn
 
-from flashfusemoe_ds import MoE
+from flashfusemoe_ds import FlashFuseMoEConfig, MoE
 from flashfusemoe_ds.nn.experts import ModuleExperts
 from tests.close import relative_error
 from tests.distributed import run_ranks
@@ -65,3 +65,54 @@ def compare(rank: int, world: int, kind: str, where: str) -> dict[str, float]:
 def test_equals_stock(kind: str, where: str) -> None:
     for errors in run_ranks(2, compare, kind, where, timeout=60):
         assert {n: e for n, e in errors.items() if not e < 1e-5} == {}
+
+
+class LargestEntry(nn.Module):
+    """Does not take an empty tensor: max() of nothing is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(D, D)
+
+    def forward(self, x):
+        return self.fc(x / (1 + x.abs().max()))
+
+
+def empty_rank_in_bf16(rank: int, world: int, kind: str) -> list[bool]:
+    """All tokens to rank 0, under autocast: rank 1 must answer in the dtype that rank 0 expects."""
+    torch.manual_seed(0)
+    moe = MoE(D, NormMLP() if kind == "norm" else LargestEntry(), 4, ep_size=2, k=1, drop_tokens=False)
+    with torch.no_grad():
+        moe.deepspeed_moe.gate.wg.weight.copy_(torch.tensor([[2.0], [1.0], [-1.0], [-2.0]]).expand(4, D))
+    moe.set_deepspeed_parallelism()
+    x = torch.rand(6, D, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, l_aux, _ = moe(x)
+    (out.float().sum() + l_aux).backward()
+    return [bool(torch.isfinite(p.grad).all()) for p in moe.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["norm", "max"])
+def test_a_rank_that_receives_nothing_answers_in_kind(kind: str) -> None:
+    for finite in run_ranks(2, empty_rank_in_bf16, kind, timeout=60):
+        assert finite and all(finite)
+
+
+def refused_before_any_exchange(rank: int, world: int) -> list[str]:
+    said = []
+    for settings in ({}, {"gemm_backend": "grouped_mm"}):
+        moe = MoE(D, GatedMLP(D, 7), num_experts=4, ep_size=2)
+        moe.set_deepspeed_parallelism()
+        moe.configure(FlashFuseMoEConfig(**settings))
+        moe.deepspeed_moe.dispatcher.comm = None  # a collective would raise AttributeError
+        try:
+            moe(torch.zeros(3, D, dtype=torch.float32 if settings else torch.bfloat16))
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_input_that_the_experts_cannot_take_is_refused_before_any_exchange() -> None:
+    for said in run_ranks(2, refused_before_any_exchange):
+        assert said[0].startswith("input is torch.bfloat16, the experts' parameters torch.float32")
+        assert said[1].startswith("gemm_backend 'grouped_mm' cannot run here")

@@ -61,7 +61,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no group yet": (lambda: moe(ep_size=2)(torch.zeros(3, D)), ValueError,
                      "ep_size is 2, but the layer has no expert-parallel group yet"),
     "MoE hidden size": (lambda: moe()(torch.zeros(3, 9)), ValueError, "MoE: input has shape (3, 9); expected [*, 8]"),
-    "MoE one dimension": (lambda: moe()(torch.zeros(D)), ValueError, "MoE: input has shape (8,); expected [*, 8]"),
+    "MoE no dimension": (lambda: moe()(torch.tensor(1.0)), ValueError, "MoE: input has shape (); expected [*, 8]"),
     "MoE integers": (lambda: moe()(torch.zeros(3, D, dtype=torch.long)), ValueError, "MoE: input is torch.int64"),
     "MoE device": (lambda: moe()(torch.zeros(3, D, device="meta")), ValueError,
                    "MoE: input is on meta, the layer's parameters on cpu"),
@@ -104,7 +104,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "world too small": (lambda: initialize(model=nn.Sequential(moe(ep_size=4))), ValueError,
                         "ep_size is 4, but there are 1 ranks per pipeline stage"),
     "split groups": (lambda: split_groups(), ValueError,
-                     "parameter groups 0 and 1 hold experts' parameters that are stacked into one of shape (4, "),
+                     "two parameter groups with different options hold experts' parameters that are stacked"),
+    "half listed": (lambda: half_listed(), ValueError, "only 1 of the 4 experts' parameters that are stacked"),
+    "capacity factor of MoE": (lambda: moe(capacity_factor=-1.0), ValueError, "capacity_factor is -1.0; it must be"),
+    "min_capacity": (lambda: moe(min_capacity=-3), ValueError, "min_capacity is -3; it must be 0 or"),
+    "gate_weight": (lambda: functional(gate_weight=torch.zeros(4)), ValueError, "gate_weight has shape (4,)"),
     "optimizer with state": (lambda: used_optimizer(), ValueError, "build it after replace_moe(model)"),
 }  # fmt: skip
 
@@ -118,8 +122,14 @@ def sharded() -> MoELayer:
 def split_groups() -> None:
     model = nn.Sequential(StockMoE(D, mlp(), 4))
     experts = model[0].deepspeed_moe.experts.deepspeed_experts
-    groups = [{"params": list(experts[:2].parameters())}, {"params": list(experts[2:].parameters())}]
+    groups = [{"params": list(experts[:2].parameters()), "lr": 0.1}, {"params": list(experts[2:].parameters())}]
     ffmoe.initialize(model=model, model_parameters=groups, config=DS_CONFIG)
+
+
+def half_listed() -> None:
+    model = nn.Sequential(StockMoE(D, mlp(), 4))
+    first = model[0].deepspeed_moe.experts.deepspeed_experts[0]
+    ffmoe.initialize(model=model, model_parameters=list(first.parameters()), config=DS_CONFIG)
 
 
 def used_optimizer() -> None:
@@ -132,7 +142,7 @@ def used_optimizer() -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
     if name == "missing deep_ep":
         monkeypatch.setattr(select, "find_spec", lambda package: None)
     do, error, message = WRONG[name]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -126,7 +128,7 @@ NOT_FUSED = {
     "layer norm": (lambda: nn.Sequential(nn.LayerNorm(D), Sequential(F.gelu)), "parameters outside"),
     "buffer": (Scaled, "one has buffers"),
     "hook": (with_hook, "one has hooks"),
-    "shared weight": (tied, "or shares them"),
+    "shared weight": (tied, "or share them"),
     "half frozen": (half_frozen, "only some of them are frozen"),
     "one linear": (lambda: nn.Linear(D, D), "one has 1 plain nn.Linear"),
     "shapes": (lambda: nn.Sequential(nn.Linear(D, 5), nn.Linear(7, D)), "shapes"),
@@ -142,12 +144,79 @@ def test_left_alone(name: str) -> None:
     assert layout is None and why in reason
 
 
+class Detached(Sequential):
+    def forward(self, x):
+        return super().forward(0.1 * x + 0.9 * x.detach())
+
+
+class NoGradUp(Sequential):
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.a(x)
+        return self.b(self.middle(h))
+
+
+class TenfoldGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 10 * grad
+
+
+@pytest.mark.parametrize(
+    "expert", [Detached(F.gelu), NoGradUp(F.gelu), Sequential(lambda h: TenfoldGradient.apply(F.gelu(h)))]
+)
+def test_gradients_count_too(expert: nn.Module) -> None:
+    layout, reason = recognise([expert], D)
+    assert layout is None and ("gradients other than" in reason or "does not run" in reason)
+
+
+@pytest.mark.parametrize("surroundings", [torch.device("meta"), torch.no_grad(), torch.inference_mode()])
+def test_the_surroundings_do_not_matter(surroundings) -> None:
+    expert = Sequential(F.gelu)
+    with surroundings:
+        assert recognise([expert], D)[0] is not None
+
+
+def test_experts_that_differ_in_a_setting_are_left_alone() -> None:
+    experts = [Sequential(F.gelu), Sequential(F.gelu)]
+    assert recognise(experts, D)[0] is not None
+    experts[1].middle = F.relu
+    assert recognise(experts, D)[0] is None
+    experts = [Sequential(nn.GELU()), Sequential(nn.GELU(approximate="tanh"))]
+    assert recognise(experts, D)[0] is None
+    experts = [Sequential(nn.GELU()), Sequential(nn.GELU())]
+    experts[0].config, experts[1].config = object(), object()  # equal or not, one cannot tell: it is run
+    assert recognise(experts, D)[0] is not None
+
+
+def test_experts_that_share_a_linear_are_left_alone() -> None:
+    experts = [Sequential(F.gelu), Sequential(F.gelu)]
+    experts[1].a = experts[0].a
+    layout, reason = recognise(experts, D)
+    assert layout is None and "or share them" in reason
+
+
+@pytest.mark.parametrize("hook", ["register_full_backward_pre_hook", "register_full_backward_hook",
+                                  "register_forward_pre_hook"])  # fmt: skip
+def test_every_kind_of_hook_counts(hook: str) -> None:
+    expert = Sequential(F.gelu)
+    getattr(expert.a, hook)(lambda *_: None)
+    assert recognise([expert], D) == (None, "one has hooks")
+    expert = Sequential(F.gelu)
+    expert.a.weight.register_hook(lambda grad: grad)
+    assert recognise([expert], D) == (None, "one has hooks")
+
+
 def test_experts_that_differ_are_left_alone() -> None:
     frozen = Sequential(F.gelu).requires_grad_(False)
     for odd in (Gated(), Sequential(F.gelu, bias=False), Sequential(F.gelu).double(), frozen):
         layout, reason = recognise([Sequential(F.gelu), odd], D)
         assert layout is None and "differ in structure, or in which parameters are trained" in reason
-    assert recognise([frozen, frozen], D)[0] is not None
+    assert recognise([frozen, copy.deepcopy(frozen)], D)[0] is not None
 
 
 def test_another_hidden_size_is_no_mlp() -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from deepspeed.moe.layer import MoE as StockMoE
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import nn
 
 from flashfusemoe_ds import MoE, get_dense_params, replace_moe
 from flashfusemoe_ds.ds.fused_experts import FusedExperts
-from flashfusemoe_ds.ds.replace import remap_groups, remap_optimizer, replace_moe_and_map
+from flashfusemoe_ds.ds.replace import remap_groups, remap_optimizer
 from flashfusemoe_ds.nn.experts import ModuleExperts
 from tests.distributed import run_ranks
 
@@ -63,7 +65,48 @@ def test_weights_aliases_flags_and_results() -> None:
 
 
 def test_a_model_that_is_itself_a_layer() -> None:
-    assert type(replace_moe(StockMoE(D, mlp(), 4))) is MoE
+    layer = StockMoE(D, mlp(), 4)
+    assert replace_moe(layer) is layer and type(layer) is MoE
+
+
+def test_other_references_to_a_layer_run_the_fused_one() -> None:
+    """A pipeline keeps layers in forward_funcs, users keep them in lists: the object must stay the same."""
+    model = nn.Sequential(StockMoE(D, mlp(), 4, drop_tokens=False))
+    model.forward_funcs = [model[0]]
+    replace_moe(model)
+    out, *_ = model.forward_funcs[0](torch.randn(9, D))
+    out.sum().backward()
+    assert torch.count_nonzero(model[0].deepspeed_moe.experts.up_proj.grad)
+
+
+def test_layers_that_share_their_experts_go_on_sharing_them() -> None:
+    stock = nn.Sequential(StockMoE(D, mlp(), 4), StockMoE(D, mlp(), 4))
+    stock[1].deepspeed_moe.experts = stock[0].deepspeed_moe.experts
+    replace_moe(stock)
+    assert isinstance(stock[0].deepspeed_moe.experts, FusedExperts)
+    assert stock[1].deepspeed_moe.experts is stock[0].deepspeed_moe.experts
+
+
+def test_experts_tied_to_another_module_stay_tied() -> None:
+    model = nn.Sequential(nn.Linear(D, 16), StockMoE(D, mlp(), 4))
+    model[0].weight = model[1].deepspeed_moe.experts.deepspeed_experts[2][0].weight
+    replace_moe(model)
+    experts = model[1].deepspeed_moe.experts
+    assert isinstance(experts, ModuleExperts) and experts.deepspeed_experts[2][0].weight is model[0].weight
+
+
+class OwnGate(TopKGate):
+    def forward(self, *args):
+        return super().forward(*args)
+
+
+def test_classes_hooks_and_overrides_of_the_users_are_not_lost() -> None:
+    own_gate, hooked, overridden = (StockMoE(D, mlp(), 4) for _ in range(3))
+    own_gate.deepspeed_moe.gate = OwnGate(D, 4)
+    hooked.deepspeed_moe.experts.register_forward_hook(lambda *_: None)
+    overridden.deepspeed_moe.forward = lambda *args: args[0]
+    for layer in (own_gate, hooked, overridden):
+        assert type(replace_moe(layer)) is StockMoE
 
 
 def test_a_subclass_of_the_users_is_left_alone() -> None:
@@ -83,28 +126,48 @@ def test_marks_on_parameters_follow() -> None:
 
 
 def test_parameter_lists_groups_and_optimizer_follow() -> None:
-    stock = Model()
-    decay = [p for p in stock.parameters() if p.dim() > 1]
-    rest = [p for p in stock.parameters() if p.dim() == 1]
-    groups = [{"params": decay, "weight_decay": 0.1, "name": "decay"}, {"params": rest, "name": "rest"}]
-    optimizer = torch.optim.AdamW(copy.copy([dict(g) for g in groups]))
-    plain = list(stock.parameters())
-    model, mapping = replace_moe_and_map(stock)
+    model = Model()
+    decay = {n: p for n, p in model.named_parameters() if p.dim() > 1}
+    rest = {n: p for n, p in model.named_parameters() if p.dim() == 1}
+    groups = [{"params": list(decay.values()), "weight_decay": 0.1, "name": "decay"},
+              {"params": list(rest.values()), "name": "rest"}]  # fmt: skip
+    optimizer = torch.optim.AdamW([dict(g) for g in groups])
+    named = torch.optim.SGD(list(model.named_parameters()), lr=0.1)
+    plain = list(model.parameters())
+    replace_moe(model)
 
     new = list(model.parameters())
-    assert {id(p) for p in remap_groups(plain, mapping)} == {id(p) for p in new}
-    remapped = remap_groups(groups, mapping)
+    assert {id(p) for p in remap_groups(plain)} == {id(p) for p in new}
+    remapped = remap_groups(groups)
     experts = model.moe.deepspeed_moe.experts
     in_decay, in_rest = ({id(p) for p in g["params"]} for g in remapped)
     assert id(experts.up_proj) in in_decay and id(experts.down_proj) in in_decay
     assert id(experts.up_proj_bias) in in_rest, "a stacked bias stays where the biases were"
     assert len(in_decay | in_rest) == len(new) and remapped[0]["weight_decay"] == 0.1
-    remap_optimizer(optimizer, mapping)
+    first_group = optimizer.param_groups[0]
+    remap_optimizer(optimizer)
+    assert optimizer.param_groups[0] is first_group
     assert [len(g["params"]) for g in optimizer.param_groups] == [len(g["params"]) for g in remapped]
+    remap_optimizer(named)
+    assert len(named.param_groups[0]["param_names"]) == len(named.param_groups[0]["params"]) == len(new)
     model(torch.randn(5, D)).sum().backward()
     before = experts.up_proj.detach().clone()
     optimizer.step()
     assert not torch.equal(experts.up_proj, before)
+
+
+def test_groups_that_deepspeed_split_by_size_are_joined_again() -> None:
+    model = Model()
+    split = split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(model.parameters()), "name": "all", "lr": 0.1}, max_group_size=200
+    )
+    assert sum(g.get("moe", False) for g in split) > 2
+    replace_moe(model)
+    remapped = remap_groups(split)
+    listed = [id(p) for g in remapped for p in g["params"]]
+    assert len(listed) == len(set(listed)) and set(listed) == {id(p) for p in model.parameters()}
+    experts = {id(p) for p in model.moe.deepspeed_moe.experts.parameters()}
+    assert experts == {id(p) for g in remapped if g.get("moe") for p in g["params"]}
 
 
 def test_dense_params_in_backward_order() -> None:
@@ -135,6 +198,40 @@ def test_a_models_own_initialisation_reaches_the_experts_with_stock_draws() -> N
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
     up = "moe.deepspeed_moe.experts.deepspeed_experts.{}.0.weight"
     assert not torch.equal(states[1][up.format(0)], states[1][up.format(1)])
+
+
+def freeze_linears(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.requires_grad_(False)
+
+
+def test_apply_carries_requires_grad_and_respects_it() -> None:
+    model = Model(MoE)
+    model.apply(freeze_linears)
+    assert not any(p.requires_grad for p in model.parameters())
+    before = model.moe.deepspeed_moe.experts.up_proj.clone()
+    model.apply(lambda m: init_weights(m) if isinstance(m, nn.Linear) and m.weight.requires_grad else None)
+    assert torch.equal(model.moe.deepspeed_moe.experts.up_proj, before)
+
+
+def test_apply_that_changes_nothing_writes_nothing() -> None:
+    """DeepSpeed's profiler applies functions between forward and backward."""
+    model = Model(MoE)
+    out = model(torch.randn(5, D)).sum()
+    model.apply(lambda m: None)
+    out.backward()
+
+
+def test_apply_refuses_what_it_cannot_carry() -> None:
+    def freeze_first(module: nn.Module, seen: list[int] = []) -> None:  # noqa: B006 -- a counter over calls
+        if isinstance(module, nn.Linear) and not seen:
+            seen.append(1)
+            module.weight.requires_grad_(False)
+
+    with pytest.raises(ValueError, match="set requires_grad differently on parts of the stacked up_proj"):
+        MoE(D, mlp(), 4).deepspeed_moe.experts.apply(freeze_first)
+    with pytest.raises(ValueError, match="changed an expert's parameters"):
+        MoE(D, mlp(), 4).apply(lambda m: nn.utils.parametrizations.weight_norm(m) if type(m) is nn.Linear else None)
 
 
 def test_the_constructor_draws_what_stock_draws() -> None:
@@ -183,8 +280,9 @@ def test_other_experts_keep_their_own_parameters_and_get_zero_gradients_without_
         model.moe.deepspeed_moe.gate.wg.weight.zero_()  # equal logits: top-1 always picks expert 0
     model.moe.deepspeed_moe.gate.top2_2nd_expert_sampling = False
     model(torch.randn(6, D)).sum().backward()
-    # DeepSpeed's experts see [groups, local experts, rows, D]; equal logits send every token to the first two.
-    assert [e.last_shape for e in experts.deepspeed_experts] == [(1, 1, n, D) for n in (6, 6, 0, 0)]
+    # DeepSpeed's experts see [groups, local experts, rows, D]; equal logits send every token to the first two, and the
+    # others see one row of zeros.
+    assert [e.last_shape for e in experts.deepspeed_experts] == [(1, 1, n, D) for n in (6, 6, 1, 1)]
     grads = [[p.grad for p in e.parameters()] for e in experts.deepspeed_experts]
     assert all(g is not None for expert in grads for g in expert)
     assert all(torch.count_nonzero(g) == 0 for g in grads[3]) and any(torch.count_nonzero(g) for g in grads[0])
@@ -198,6 +296,9 @@ def test_load_state_dict_reports_missing_wrong_and_unknown_keys() -> None:
     del state[f"{prefix}1.2.bias"]
     result = moe.load_state_dict(state, strict=False)
     assert result.missing_keys == [f"{prefix}1.2.bias"]
+    other = MoE(D, mlp(), 2)
+    other.load_state_dict(state, strict=False)  # the rest of that expert is loaded
+    assert torch.equal(other.state_dict()[f"{prefix}1.2.weight"], state[f"{prefix}1.2.weight"])
     state = moe.state_dict()
     state[f"{prefix}7.0.weight"] = torch.zeros(1)
     state[f"{prefix}0.0.weight"] = torch.zeros(3, 3)
@@ -206,3 +307,13 @@ def test_load_state_dict_reports_missing_wrong_and_unknown_keys() -> None:
         raise AssertionError("loaded")
     except RuntimeError as error:
         assert "size mismatch" in str(error) and f"{prefix}7.0.weight" in str(error)
+
+
+def test_load_state_dict_can_assign() -> None:
+    source = MoE(D, mlp(), 2).to(torch.bfloat16)
+    target = copy.deepcopy(source).to("meta")
+    target.load_state_dict(source.state_dict(), assign=True)
+    experts = target.deepspeed_moe.experts
+    assert experts.up_proj.dtype is torch.bfloat16 and experts.up_proj.device.type == "cpu"
+    assert torch.equal(experts.up_proj, source.deepspeed_moe.experts.up_proj)
+    assert isinstance(experts.up_proj, nn.Parameter) and experts.up_proj.requires_grad

@@ -21,6 +21,14 @@ def test_draws_are_those_of_torch_distributions() -> None:
     assert torch.equal(torch.get_rng_state(), after)
 
 
+def test_draws_follow_the_shape_and_not_the_memory() -> None:
+    like = torch.ones(7, 5)
+    torch.manual_seed(0)
+    expected = jitter(like)
+    torch.manual_seed(0)
+    assert torch.equal(jitter(torch.ones(5, 7).t()), expected)
+
+
 def test_capacity_multiplies_in_float32_as_deepspeed_does() -> None:
     # 1.1 * 10 is 11.000000238 in float32 and 11.000000000000002 in float64; 3.3 * 10 is 33 in float32 and less below.
     for factor in (0.1, 0.7, 1.1, 1.25, 3.3, 1 / 3):

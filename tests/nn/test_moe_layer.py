@@ -152,6 +152,42 @@ def test_capacity_covers_all_k_routes() -> None:
     layer(torch.randn(10, 16, dtype=torch.float64))
 
 
+def test_capacity_is_exact() -> None:
+    """ceil(100 * 1.1 / 10) is 11; in floating point 100 * 1.1 is a little over 110."""
+    layer = make_layer(num_experts=10, top_k=1, capacity_factor=1.1, allow_dropped_tokens=True)
+    with torch.no_grad():
+        layer.router.weight.fill_(-1.0)[3] = 1.0
+    out, _ = layer(torch.rand(100, 16, dtype=torch.float64))
+    assert (out.abs().sum(1) > 0).sum() == 11
+
+
+def test_a_huge_limit_is_no_limit() -> None:
+    make_layer(max_tokens_per_expert=3 * 10**9)(torch.randn(4, 16, dtype=torch.float64))
+
+
+def test_materialising_from_meta() -> None:
+    with torch.device("meta"):
+        layer = MoELayer(16, 24, 8, 2, gating=Gating(expert_bias=True))
+    layer.to_empty(device="cpu")
+    assert layer.router.expert_bias.dtype is torch.float32 and layer.router.expert_bias.device.type == "cpu"
+
+
+def test_backward_inside_autocast_is_the_same() -> None:
+    layer = make_layer().float()
+    x = torch.randn(32, 16)
+    grads = []
+    for inside in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = layer(x)[0].float().sin().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        grads.append([p.grad.clone() for p in layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_initialisation() -> None:
     torch.manual_seed(0)
     layer = MoELayer(64, 256, 8, 2, num_shared_experts=2)
