@@ -20,6 +20,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error / scale if scale and error == error else float("inf")
 
 
+def rms_error(actual: Tensor, expected: Tensor) -> float:
+    """|a - b| / |b| in the Euclidean norm: for comparing rounding, where one unlucky element decides a maximum."""
+    difference = float((actual.detach().double() - expected.detach().double()).norm())
+    return difference / float(expected.detach().double().norm())
+
+
 def value_and_grads(fn: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """fn's output and the gradient of every input, for one fixed random direction, everything in `dtype`."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]

@@ -109,6 +109,7 @@ def refused_before_any_exchange(rank: int, world: int) -> list[str]:
             moe(torch.zeros(3, D, dtype=torch.float32 if settings else torch.bfloat16))
         except ValueError as error:
             said.append(str(error))
+    dist.barrier()  # a rank that leaves while the other still connects to a new group would break its connection
     return said
 
 
