@@ -20,7 +20,7 @@ from flashfusemoe_ds.config import SECTION, FlashFuseMoEConfig
 from flashfusemoe_ds.dispatch.select import check_ep_backend, resolve_hybrid
 from flashfusemoe_ds.ds.checkpoint import guard_checkpoints
 from flashfusemoe_ds.ds.moe import MoE
-from flashfusemoe_ds.ds.replace import remap_groups, remap_optimizer, replace_moe
+from flashfusemoe_ds.ds.replace import is_replaceable, remap_groups, remap_optimizer, replace_moe
 from flashfusemoe_ds.kernels.grouped_gemm import check_gemm_backend
 from flashfusemoe_ds.nn.moe_layer import MoELayer
 
@@ -112,7 +112,7 @@ def attach(engine: Any) -> Any:
     """
     section = FlashFuseMoEConfig.from_ds_config(engine.config)
     check_section(section)
-    stock = [n for n, m in engine.module.named_modules() if type(m) is StockMoE]
+    stock = [n for n, m in engine.module.named_modules() if isinstance(m, StockMoE) and is_replaceable(m)]
     if stock and section.replace_moe and SECTION in engine.config:
         raise ValueError(
             f"{SECTION}.replace_moe is true, but the engine was built over stock MoE layers ({', '.join(stock)}); "

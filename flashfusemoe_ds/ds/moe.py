@@ -7,6 +7,8 @@ by isinstance and by attribute (deepspeed/runtime/engine.py, _configure_distribu
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as StockMoE
@@ -69,7 +71,7 @@ class FusedMOELayer(StockMOELayer):
     config: FlashFuseMoEConfig
 
     @classmethod
-    def convert(cls, layer: StockMOELayer, tied: set[int], experts: nn.Module | None, copies: bool) -> None:
+    def convert(cls, layer: StockMOELayer, tied: Collection[int], experts: nn.Module | None, copies: bool) -> None:
         """Turns a stock layer into one of this class in place; see `MoE.convert`."""
         layer.__class__ = cls
         layer.gate.__class__ = FusedTopKGate
@@ -78,7 +80,7 @@ class FusedMOELayer(StockMOELayer):
         layer.experts = experts if experts is not None else layer._fuse(tied, copies)
         layer._bind()
 
-    def _fuse(self, tied: set[int], copies: bool) -> FusedExperts | ModuleExperts:
+    def _fuse(self, tied: Collection[int], copies: bool) -> FusedExperts | ModuleExperts:
         modules = list(self.experts.deepspeed_experts)
         if any(id(p) in tied for m in modules for p in m.parameters()):
             layout, reason = None, "their parameters are tied to others"
@@ -225,10 +227,10 @@ class MoE(StockMoE):
             top2_2nd_expert_sampling=top2_2nd_expert_sampling,
         )
         # Stock just made the experts as copies of the one given, so recognising one recognises all.
-        FusedMOELayer.convert(self.deepspeed_moe, tied=set(), experts=None, copies=True)
+        FusedMOELayer.convert(self.deepspeed_moe, tied=(), experts=None, copies=True)
 
     @classmethod
-    def convert(cls, layer: StockMoE, *, tied: set[int] = frozenset(), experts: nn.Module | None = None) -> None:
+    def convert(cls, layer: StockMoE, *, tied: Collection[int] = (), experts: nn.Module | None = None) -> None:
         """Turns a stock layer into a fused one in place: weights, hooks, flags and identity stay.
 
         Args:

@@ -52,6 +52,11 @@ def replace_moe(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_replaceable(layer: StockMoE) -> bool:
+    """Whether `replace_moe` would convert this layer: it is a stock one, and nothing of the user's would be lost."""
+    return not isinstance(layer, MoE) and _foreign(layer) is None
+
+
 def _foreign(layer: StockMoE) -> str | None:
     """Why converting the layer would lose something of the user's; None if it would not."""
     moe = layer.deepspeed_moe

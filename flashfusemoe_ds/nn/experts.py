@@ -18,12 +18,12 @@ from flashfusemoe_ds.types import Dispatched
 
 
 def under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where autocast is on, as torch's own matrix products would take them."""
+    """The tensors in autocast's dtype where autocast is on, but for float64: as torch's own matrix products do."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None else t.to(dtype) for t in tensors)
+    return tuple(t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors)
 
 
 class GroupedExperts(nn.Module):

@@ -12,7 +12,7 @@ from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import nn
 
-from flashfusemoe_ds import MoE, get_dense_params, replace_moe
+from flashfusemoe_ds import MoE, get_dense_params, initialize, replace_moe
 from flashfusemoe_ds.ds.fused_experts import FusedExperts
 from flashfusemoe_ds.ds.replace import remap_groups, remap_optimizer
 from flashfusemoe_ds.nn.experts import ModuleExperts
@@ -198,6 +198,19 @@ def test_a_models_own_initialisation_reaches_the_experts_with_stock_draws() -> N
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
     up = "moe.deepspeed_moe.experts.deepspeed_experts.{}.0.weight"
     assert not torch.equal(states[1][up.format(0)], states[1][up.format(1)])
+
+
+def engine_over_a_layer_with_an_own_gate(rank: int, world: int) -> str:
+    model = nn.Sequential(StockMoE(D, mlp(), 4))
+    model[0].deepspeed_moe.gate = OwnGate(D, 4)
+    config = {"train_micro_batch_size_per_gpu": 1, "flashfusemoe": {"replace_moe": True},
+              "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}  # fmt: skip
+    engine, *_ = initialize(model=model, model_parameters=model.parameters(), config=config)
+    return type(engine.module[0]).__module__
+
+
+def test_an_engine_is_built_over_layers_that_cannot_be_replaced() -> None:
+    assert run_ranks(1, engine_over_a_layer_with_an_own_gate) == ["deepspeed.moe.layer"]
 
 
 def freeze_linears(module: nn.Module) -> None:

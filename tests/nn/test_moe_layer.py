@@ -109,6 +109,14 @@ def test_fused_moe_under_autocast() -> None:
     assert losses["z_loss"].item() == expected_losses["z_loss"].item()
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    layer, x = make_layer(), torch.randn(8, 16, dtype=torch.float64)
+    expected, _ = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = layer(x)
+    assert torch.equal(out, expected)
+
+
 def test_losses_are_absent_without_a_coefficient() -> None:
     assert make_layer(aux_loss_coeff=0.0, z_loss_coeff=0.0)(torch.randn(3, 16, dtype=torch.float64))[1] == {}
 
