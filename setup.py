@@ -16,7 +16,7 @@ setup(
     name="flashfusemoe_ds",
     version=VERSION,
     description="A fused Mixture-of-Experts layer for DeepSpeed: change one import or add one JSON section.",
-    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="GPL-3.0-or-later",
     license_files=["LICENSE"],

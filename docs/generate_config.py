@@ -23,9 +23,9 @@ HEADER = f"""\
 <!-- Generated from flashfusemoe_ds/config.py by docs/generate_config.py. Edit the class, then run the script. -->
 
 The section stands at the top level of the DeepSpeed config, beside `zero_optimization`. Every key may be left out; so
-may the section. An unknown key, a wrong value or a misspelt section name raises a `ValueError` that names the key, its
-value and the valid ones. A backend whose package is missing raises an `ImportError`. Both come before the first
-collective.
+may the section. An unknown key, a wrong value or a section name close to this one raises a `ValueError` that names the
+key, its value and the valid ones. A backend whose package is missing raises an `ImportError`. Both come before the
+first collective.
 
 ```json
 {{

@@ -66,7 +66,7 @@ class FlashFuseMoEConfig(_Section):
 
     @classmethod
     def from_ds_config(cls, ds_config: Mapping[str, Any]) -> FlashFuseMoEConfig:
-        """The section of a whole DeepSpeed config; defaults if there is none. A misspelt section name raises."""
+        """The section of a whole DeepSpeed config; defaults if there is none. A near miss of its name raises."""
         if SECTION not in ds_config:
             for key in ds_config:
                 if difflib.SequenceMatcher(None, SECTION, str(key).lower()).ratio() > 0.75:

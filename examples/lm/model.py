@@ -134,8 +134,8 @@ class ByteLM(nn.Module):
     def __init__(self, cfg: LMConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        # torch's default of unit variance stays: with 0.02 the untrained attention drowns which byte is where, and the
-        # loss after 260 small steps was 2.21 instead of 1.97 nats.
+        # torch's default of unit variance stays: with 0.02 the untrained attention drowns which byte is where, and
+        # learning starts later.
         self.embedding = nn.Embedding(VOCAB, cfg.hidden_size)
         self.blocks = nn.ModuleList(Block(cfg, is_moe=i > 0) for i in range(cfg.num_layers))
         self.norm = nn.RMSNorm(cfg.hidden_size, eps=1e-5)

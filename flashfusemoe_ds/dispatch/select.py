@@ -22,9 +22,7 @@ def why_not(ep_backend: str) -> str | None:
         return None if torch.distributed.is_available() else "this torch was built without torch.distributed"
     if ep_backend == "deep_ep":
         if find_spec("deep_ep") is None:
-            return (
-                "package deep_ep is not installed (install it from its GitHub repository; the PyPI one does not build)"
-            )
+            return "package deep_ep is not installed (see github.com/deepseek-ai/DeepEP)"
         return "this version of flashfusemoe_ds has no deep_ep transport yet"
     if ep_backend == "symm_mem":
         if not torch.cuda.is_available():

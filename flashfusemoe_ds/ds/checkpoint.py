@@ -59,7 +59,8 @@ def guard_checkpoints(engine: Any) -> None:
     ) -> Any:
         tag = None if tag is None else str(tag)
         # A universal checkpoint is loaded by parameter name, not by position; DeepSpeed checks it.
-        if load_optimizer_states and not load_module_only and not engine.load_universal_checkpoint():
+        loads_optimizer = load_optimizer_states and not load_module_only and engine.optimizer is not None
+        if loads_optimizer and not engine.load_universal_checkpoint():
             # Rank 0 alone looks, so that ranks on other file systems do not decide otherwise.
             verdict = [_judge(engine.module, load_dir, tag) if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(verdict, src=0)

@@ -20,7 +20,7 @@ from flashfusemoe_ds.config import SECTION, FlashFuseMoEConfig
 from flashfusemoe_ds.dispatch.select import check_ep_backend, resolve_hybrid
 from flashfusemoe_ds.ds.checkpoint import guard_checkpoints
 from flashfusemoe_ds.ds.moe import MoE
-from flashfusemoe_ds.ds.replace import is_replaceable, remap_groups, remap_optimizer, replace_moe
+from flashfusemoe_ds.ds.replace import as_lists, is_replaceable, remap_groups, remap_optimizer, replace_moe
 from flashfusemoe_ds.kernels.grouped_gemm import check_gemm_backend
 from flashfusemoe_ds.nn.moe_layer import MoELayer
 
@@ -56,8 +56,7 @@ def initialize(
     section = FlashFuseMoEConfig.from_ds_config(ds_config)
     check_section(section)
 
-    # Taken as a list first: a generator over the model would see the replaced parameters, or none.
-    model_parameters = None if model_parameters is None else list(model_parameters)
+    model_parameters = None if model_parameters is None else as_lists(model_parameters)
     if section.replace_moe:
         replace_moe(model)
     model_parameters = remap_groups(model_parameters)
@@ -158,7 +157,7 @@ def _world_size(mpu: Any) -> int | None:
     """Ranks per pipeline stage, known from most launchers before torch.distributed is; None if not yet known."""
     # torchrun and the deepspeed launcher, Open MPI, MPICH.
     names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    world = next((int(os.environ[name]) for name in names if name in os.environ), None)
+    world = next((int(os.environ[name]) for name in names if os.environ.get(name)), None)
     if dist.is_initialized():
         world = dist.get_world_size()
     return None if world is None else world // (1 if mpu is None else bwc_pipeline_parallel_world_size(mpu))

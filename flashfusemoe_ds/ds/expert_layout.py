@@ -34,7 +34,9 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_state_dict_hooks",
+    "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -126,7 +128,7 @@ def recognise(experts: Sequence[nn.Module], hidden_size: int) -> tuple[ExpertLay
     if any(True for _ in expert.buffers()):
         return None, "one has buffers"
     if any(has_hooks(m) for e in experts for m in e.modules()) or any(
-        p._backward_hooks for e in experts for p in e.parameters()
+        p._backward_hooks or p._post_accumulate_grad_hooks for e in experts for p in e.parameters()
     ):
         return None, "one has hooks"
     if any(p.is_meta for e in experts for p in e.parameters()):

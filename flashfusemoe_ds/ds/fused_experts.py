@@ -77,24 +77,21 @@ class FusedExperts(GroupedExperts):
             getattr(self, name)[i].copy_(value)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> FusedExperts:
-        """nn.Module.apply, with the experts as the modules they were: weights and requires_grad that fn sets arrive.
+        """nn.Module.apply, with the experts as the modules they were: weights, dtype, device and requires_grad that fn
+        sets arrive.
 
         Weights are written back only if fn changed them: DeepSpeed's profiler applies functions that do not, between
         forward and backward, where autograd refuses parameters that were written to. Hooks that fn registers on an
         expert are lost: the modules it sees do not run.
 
         Raises:
-            ValueError: fn renamed parameters, or changed requires_grad of some parts of a stacked parameter only.
+            ValueError: fn renamed parameters, or treated parts of one stacked parameter differently.
         """
-        trained: dict[str, set[bool]] = {name: set() for name in self.layout.sources()}
         part_of = {part: name for name, parts in self.layout.sources().items() for part in parts}
+        kinds: dict[str, set[tuple[Any, ...]]] = {name: set() for name in self.layout.sources()}
         for i in range(self.num_local_experts):
-            expert = copy.deepcopy(self._template[0]).to_empty(device=self.down_proj.device).train(self.training)
             own = self._values(i)
-            with torch.no_grad():
-                for name, param in expert.named_parameters():
-                    param.copy_(own[name])
-                    param.requires_grad_(getattr(self, part_of[name]).requires_grad)
+            expert = self._as_module(own, part_of)
             expert.apply(fn)
             now = dict(expert.named_parameters())
             if set(now) != set(own):
@@ -103,15 +100,31 @@ class FusedExperts(GroupedExperts):
                     "do that before the layer is built or replaced"
                 )
             for name, param in now.items():
-                trained[part_of[name]].add(param.requires_grad)
-            if any(not torch.equal(now[name].detach(), own[name]) for name in own):
+                kinds[part_of[name]].add((param.requires_grad, param.dtype, param.device))
+            if any(not _same_values(now[name].detach(), own[name]) for name in own):
                 self._write_expert(i, {name: p.detach() for name, p in now.items()})
-        for name, flags in trained.items():
-            if len(flags) > 1:
-                raise ValueError(f"apply: the function set requires_grad differently on parts of the stacked {name}")
-            getattr(self, name).requires_grad_(flags.pop())
-        fn(self)
+        for name, kind in kinds.items():
+            if len(kind) > 1:
+                raise ValueError(f"apply: the function set {kind} on parts of the stacked {name}")
+            param, (trained, dtype, device) = getattr(self, name), kind.pop()
+            param.requires_grad_(trained)
+            if (param.dtype, param.device) != (dtype, device):
+                param.data = param.data.to(device, dtype)
+        # The stacked parameters are no matrices: an initialisation by fan would scale them wrongly, a second time.
+        stacked, self.__dict__["_parameters"] = self._parameters, {}
+        try:
+            fn(self)
+        finally:
+            self.__dict__["_parameters"] = stacked
         return self
+
+    def _as_module(self, own: dict[str, Tensor], part_of: dict[str, str]) -> nn.Module:
+        """One expert as the user's module, with copies of these weights."""
+        expert = copy.deepcopy(self._template[0]).to_empty(device=self.down_proj.device).train(self.training)
+        for name, param in expert.named_parameters():
+            param.data = own[name].clone()
+            param.requires_grad_(getattr(self, part_of[name]).requires_grad)
+        return expert
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         stacked = {name: p if keep_vars else p.detach() for name, p in self.stacked().items()}
@@ -132,7 +145,7 @@ class FusedExperts(GroupedExperts):
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         assign = local_metadata.get("assign_to_params_buffers", False)
-        known, loaded = set(), []
+        known, loaded, faults = set(), [], len(missing_keys) + len(error_msgs)
         for i in range(self.num_local_experts):
             own = self._values(i)
             for name, value in own.items():
@@ -151,7 +164,8 @@ class FusedExperts(GroupedExperts):
                 loaded.append(self.layout.stack(own))
             else:
                 self._write_expert(i, own)
-        if assign:
+        # What is incomplete cannot be assigned as a whole; the reports above say what is missing.
+        if assign and len(missing_keys) + len(error_msgs) == faults:
             self._assign(loaded)
         if strict:
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
@@ -162,3 +176,10 @@ class FusedExperts(GroupedExperts):
             new = nn.Parameter(torch.stack([own[name].detach() for own in experts]), old.requires_grad)
             new.__dict__.update(old.__dict__)
             setattr(self, name, new)
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN with NaN; on the meta device there are no values to differ."""
+    if a.is_meta or b.is_meta:
+        return a.is_meta == b.is_meta
+    return a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from flashfusemoe_ds.config import FlashFuseMoEConfig
 from flashfusemoe_ds.dispatch.base import Dispatcher, combine, dispatch
-from flashfusemoe_ds.dispatch.select import check_ep_backend, make_dispatcher
+from flashfusemoe_ds.dispatch.select import make_dispatcher
 from flashfusemoe_ds.ds.expert_layout import recognise
 from flashfusemoe_ds.ds.fused_experts import FusedExperts
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden, check_positive
@@ -242,7 +242,6 @@ class MoE(StockMoE):
 
     def configure(self, config: FlashFuseMoEConfig) -> None:
         """Takes the "flashfusemoe" section's settings; ValueError or ImportError if they cannot be met here."""
-        check_ep_backend(config.ep_backend)
         self.deepspeed_moe.configure(config)
 
     def check_world(self, world_size: int) -> None:

@@ -35,20 +35,18 @@ def replace_moe(model: nn.Module) -> nn.Module:
         The model.
     """
     stock_layers = [m for m in model.modules() if isinstance(m, StockMoE) and not isinstance(m, MoE)]
-    tied = _tied_parameters(model)
-    converted: dict[int, nn.Module] = {}
     for layer in stock_layers:
         reason = _foreign(layer)
         if reason is not None:
             logger.warning(f"a {type(layer).__name__} layer is left as it is: {reason}")
-            continue
+    layers = [layer for layer in stock_layers if is_replaceable(layer)]
+    tied = _tied_parameters(model, layers)
+    converted: dict[int, tuple[nn.Module, nn.Module]] = {}
+    for layer in layers:
+        # Two layers may share their experts. The old container is kept beside the new, so that its id stays its own.
         container = layer.deepspeed_moe.experts
-        MoE.convert(layer, tied=tied, experts=converted.get(id(container)))
-        # Two layers may share their experts. The container is kept in reach, so that its id stays its own.
-        converted[id(container)] = layer.deepspeed_moe.experts
-        layer.deepspeed_moe.experts.stock = (container,)
-    for experts in converted.values():
-        del experts.stock
+        MoE.convert(layer, tied=tied, experts=converted.get(id(container), (None, None))[1])
+        converted[id(container)] = (container, layer.deepspeed_moe.experts)
     return model
 
 
@@ -75,10 +73,19 @@ def _foreign(layer: StockMoE) -> str | None:
     return None
 
 
-def _tied_parameters(model: nn.Module) -> set[int]:
-    """Ids of parameters that stand in more than one module."""
+def _tied_parameters(model: nn.Module, layers: list[StockMoE]) -> set[int]:
+    """Ids of parameters in these layers' experts that something else holds too, as such or with their module."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    return {param for param, count in owners.items() if count > 1}
+    holders = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
+    sharing = Counter(id(moe.experts) for moe in {id(x.deepspeed_moe): x.deepspeed_moe for x in layers}.values())
+    tied = {param for param, count in owners.items() if count > 1}
+    for layer in layers:
+        container = layer.deepspeed_moe.experts
+        # A container that only converted layers share is converted once, for all of them.
+        shared = [container] if holders[id(container)] > sharing[id(container)] else []
+        shared += [m for m in container.deepspeed_experts.modules() if holders[id(m)] > 1]
+        tied.update(id(p) for m in shared for p in m.parameters())
+    return tied
 
 
 def remap_groups(model_parameters: Iterable[Any] | None) -> list[Any] | None:
@@ -90,10 +97,19 @@ def remap_groups(model_parameters: Iterable[Any] | None) -> list[Any] | None:
     """
     if model_parameters is None:
         return None
-    entries = list(model_parameters)
+    entries = as_lists(model_parameters)
     if not any(isinstance(entry, dict) for entry in entries):
         return [param for _, group in _remap([{"params": entries}]) for param in group["params"]]
     return [group for _, group in _remap(entries)]
+
+
+def as_lists(model_parameters: Iterable[Any]) -> list[Any]:
+    """Every generator in it as a list: one that is drawn from later would see the replaced parameters, or none."""
+    return [{**e, "params": _as_list(e["params"])} if isinstance(e, dict) else e for e in model_parameters]
+
+
+def _as_list(params: Any) -> list[Any]:
+    return [params] if isinstance(params, torch.Tensor) else list(params)
 
 
 def remap_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -105,6 +121,11 @@ def remap_optimizer(optimizer: torch.optim.Optimizer) -> None:
             "the optimizer already has state for experts that replace_moe stacks; build it after replace_moe(model)"
         )
     pairs = _remap(optimizer.param_groups)
+    if len(pairs) < len(optimizer.param_groups) and any("initial_lr" in g for g in optimizer.param_groups):
+        raise ValueError(
+            "replace_moe joins parameter groups of the optimizer, and a learning-rate scheduler already counts them; "
+            "build the scheduler after replace_moe(model)"
+        )
     for group, new in pairs:
         group.update(new)
     optimizer.param_groups[:] = [group for group, _ in pairs]
@@ -117,34 +138,41 @@ def _remap(groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str,
     """
     home: dict[int, dict[str, Any]] = {}
     parts: Counter[int] = Counter()
+    stacked: dict[int, nn.Parameter] = {}
     out = []
     for group in groups:
-        kept: dict[int, tuple[nn.Parameter, Any]] = {}
-        params = list(group["params"])
-        for param, name in zip(params, group.get("param_names", [None] * len(params)), strict=True):
+        kept: dict[int, tuple[Any, Any]] = {}
+        params = _as_list(group["params"])
+        for entry, name in zip(params, group.get("param_names", [None] * len(params)), strict=True):
+            param = entry[1] if isinstance(entry, tuple) else entry  # optimizers also take (name, parameter)
             successor = getattr(param, "fused_into", None)
             if successor is None:
-                kept[id(param)] = (param, name)
+                if param.numel() == 0:
+                    raise ValueError("a listed parameter is empty: an expert's before replace_moe, and copied since")
+                kept[id(param)] = (entry, name)
                 continue
             parts[id(successor)] += 1
             if home.setdefault(id(successor), group) is group:
-                kept.setdefault(id(successor), (successor, name))
+                kept.setdefault(
+                    id(successor), ((entry[0], successor) if isinstance(entry, tuple) else successor, name)
+                )
             elif _options(home[id(successor)]) != _options(group):
                 raise ValueError(
                     "two parameter groups with different options hold experts' parameters that are stacked into one "
                     f"of shape {tuple(successor.shape)}; put the same parameter of all experts of a layer into one "
                     "group"
                 )
-        new = {**group, "params": [param for param, _ in kept.values()]}
+            stacked[id(successor)] = successor
+        new = {**group, "params": [entry for entry, _ in kept.values()]}
         if "param_names" in group:
             new["param_names"] = [name for _, name in kept.values()]
         if kept or not params:
             out.append((group, new))
-    for param in {id(p): p for _, group in out for p in group["params"] if id(p) in parts}.values():
+    for param in stacked.values():
         if parts[id(param)] != param.num_parts:
             raise ValueError(
-                f"only {parts[id(param)]} of the {param.num_parts} experts' parameters that are stacked into one of "
-                f"shape {tuple(param.shape)} are listed; list all of them, or none to freeze them"
+                f"{parts[id(param)]} parts are listed of the {param.num_parts} experts' parameters that are stacked "
+                f"into one of shape {tuple(param.shape)}; list each of them once, or none to freeze them"
             )
     return out
 

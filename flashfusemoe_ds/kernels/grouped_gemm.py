@@ -70,7 +70,7 @@ class TorchGroupedGemm:
     def why_not(dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], num_experts: int) -> str | None:
         """None if usable, else the reason, in words.
 
-        Limits are those of torch 2.11 to 2.13: bf16 alone on CUDA (other dtypes raise), no float64 anywhere, strides
+        Limits as seen in torch 2.11 and 2.13: bf16 alone on CUDA (other dtypes raise), no float64 anywhere, strides
         that are multiples of 16 bytes, fewer than 1024 groups.
         """
         if device.type == "cuda" and dtype is not torch.bfloat16:

@@ -2,7 +2,7 @@
 """The truth: every stage as short, differentiable PyTorch, in any dtype up to float64, on any device.
 
 Nothing here is fast and nothing here is shared with the fast paths: autograd derives every gradient, every expert sees
-every token, and the routing is read off one-hot matrices. Tests and benchmarks compare the fast paths with this file,
+every token, and the routing is read off one-hot matrices. Tests compare the fast paths with this file,
 and the recognition of users' experts compares those with its activations.
 """
 

@@ -38,7 +38,7 @@ class DeepSpeedGating:
 
 def _uniform(like: Tensor, low: float, high: float) -> Tensor:
     """The draws of torch.distributions.Uniform, bit for bit, without its constants' copies to the GPU."""
-    low32, high32 = torch.tensor(low), torch.tensor(high)
+    low32, high32 = torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
     # Not rand_like: it draws in the order of memory, which differs for a transposed tensor.
     draws = torch.rand(like.shape, dtype=torch.float32, device=like.device)
     return draws * float(high32 - low32) + float(low32)
@@ -57,12 +57,9 @@ def gumbel_noise(logits: Tensor) -> Tensor:
 
 def capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_capacity: int) -> int:
     """ceil(T / E * factor), the product in float32 as DeepSpeed has it, at least min_capacity."""
-    wanted = torch.ceil((num_tokens / num_experts) * torch.tensor(capacity_factor)).to(torch.int64)
+    factor = torch.tensor(capacity_factor, dtype=torch.float32)
+    wanted = torch.ceil((num_tokens / num_experts) * factor).to(torch.int64)
     return max(int(wanted), min_capacity)
-
-
-def _one_hot_mean(mask_TE: Tensor) -> Tensor:
-    return mask_TE.float().mean(0)
 
 
 def deepspeed_gating(
@@ -97,7 +94,7 @@ def _top1(logits_TE: Tensor, gating: DeepSpeedGating, used_token_T: Tensor | Non
     if used_token_T is not None:
         mask_TE = mask_TE * (used_token_T.reshape(-1, 1) != 0)
     counts_E = mask_TE.sum(0)
-    l_aux = (gates_TE.mean(0) * _one_hot_mean(mask_TE)).sum() * num_experts
+    l_aux = (gates_TE.mean(0) * mask_TE.float().mean(0)).sum() * num_experts
 
     # Random token selection draws T * E numbers whether or not anything can be dropped.
     priority_TE = mask_TE * _uniform(gates_TE, 0.0, 1.0) if gating.use_rts else mask_TE
@@ -120,7 +117,7 @@ def _top2(logits_TE: Tensor, gating: DeepSpeedGating) -> tuple[Routing, Tensor]:
         second_T = torch.argmax(noisy_TE.masked_fill(first_TE.bool(), float("-inf")), dim=1)
     second_TE = F.one_hot(second_T, num_experts)
     counts_E = (first_TE + second_TE).sum(0)
-    l_aux = (gates_TE.mean(0) * _one_hot_mean(first_TE)).mean() * num_experts * num_experts
+    l_aux = (gates_TE.mean(0) * first_TE.float().mean(0)).mean() * num_experts * num_experts
 
     if gating.drop_tokens:
         # First come, first served, and every first choice before every second one.
@@ -141,7 +138,7 @@ def _topk(logits_TE: Tensor, gating: DeepSpeedGating) -> tuple[Routing, Tensor]:
     gate_TK, choice_TK = torch.topk(gates_TE, k=gating.k, dim=1)
     mask_TE = torch.zeros_like(gates_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
     counts_E = mask_TE.sum(0)
-    l_aux = (gates_TE.mean(0) * _one_hot_mean(mask_TE)).mean() * num_experts * num_experts / gating.k
+    l_aux = (gates_TE.mean(0) * mask_TE.float().mean(0)).mean() * num_experts * num_experts / gating.k
 
     if gating.drop_tokens:
         # Each expert keeps its most probable tokens.

@@ -96,7 +96,7 @@ class GroupedExperts(nn.Module):
     def prepare(self, x_TD: Tensor) -> Tensor:
         """The rows to dispatch, in the dtype the experts compute in. ValueError for what they cannot take: here,
         before any rank waits for another."""
-        x_TD, down = under_autocast(x_TD, self.down_proj)
+        x_TD, down = under_autocast(x_TD, self.down_proj[:0])
         if x_TD.dtype != down.dtype:
             raise ValueError(f"input is {x_TD.dtype}, the experts' parameters {down.dtype}; cast one or use autocast")
         self._gemm(x_TD)
@@ -127,7 +127,8 @@ class ModuleExperts(nn.Module):
     """Any modules as experts: dropless, one after another on exactly their own tokens.
 
     The modules see [1, 1, n, D], the rank that DeepSpeed's experts see, and may return a tuple whose first entry is
-    the output. One without tokens still runs, on a row of zeros, so that its parameters get zero gradients, not None.
+    the output. One without tokens still runs, on two rows of zeros, so that its parameters get zero gradients, not
+    None.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -150,8 +151,8 @@ class ModuleExperts(nn.Module):
         outputs = []
         for expert, start, end in zip(self.deepspeed_experts, [0, *ends[:-1]], ends, strict=True):
             rows = sent.x_RD[order.row_N[start:end]]
-            # Like a padded slot of DeepSpeed's: many modules do not take an empty tensor.
-            rows = rows if end > start else sent.x_RD.new_zeros(1, sent.x_RD.shape[1])
+            # Like padded slots of DeepSpeed's: many modules do not take an empty tensor, or a single row.
+            rows = rows if end > start else sent.x_RD.new_zeros(2, sent.x_RD.shape[1])
             out = expert(rows.unsqueeze(0).unsqueeze(0))
             out = out[0] if isinstance(out, tuple) else out
             outputs.append(out.reshape(len(rows), out.shape[-1])[: end - start])

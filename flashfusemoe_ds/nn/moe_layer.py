@@ -181,7 +181,9 @@ class MoELayer(nn.Module):
         limits = [] if self.max_tokens_per_expert is None else [self.max_tokens_per_expert]
         if self.capacity_factor is not None:
             # In exact arithmetic: as floats, 100 routes over 10 experts at factor 1.1 are a little over 11.
-            limits.append(math.ceil(routing.idx_TK.numel() * Fraction(str(self.capacity_factor)) / self.num_experts))
+            limits.append(
+                math.ceil(routing.idx_TK.numel() * Fraction(str(float(self.capacity_factor))) / self.num_experts)
+            )
         if not limits:
             return routing
         limits.append(routing.idx_TK.shape[0])  # no expert sees a token twice

@@ -105,7 +105,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
                         "ep_size is 4, but there are 1 ranks per pipeline stage"),
     "split groups": (lambda: split_groups(), ValueError,
                      "two parameter groups with different options hold experts' parameters that are stacked"),
-    "half listed": (lambda: half_listed(), ValueError, "only 1 of the 4 experts' parameters that are stacked"),
+    "half listed": (lambda: half_listed(), ValueError, "1 parts are listed of the 4 experts' parameters that are"),
     "capacity factor of MoE": (lambda: moe(capacity_factor=-1.0), ValueError, "capacity_factor is -1.0; it must be"),
     "min_capacity": (lambda: moe(min_capacity=-3), ValueError, "min_capacity is -3; it must be 0 or"),
     "gate_weight": (lambda: functional(gate_weight=torch.zeros(4)), ValueError, "gate_weight has shape (4,)"),
@@ -150,10 +150,6 @@ def test_wrong_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         do()
 
 
-def test_the_table_is_long_enough() -> None:
-    assert len(WRONG) >= 25
-
-
 def messages(rank: int, world: int) -> dict[str, str]:
     """What each mistake says on this rank, with a process group up: a rank that waits instead would time out."""
     said = {}
@@ -164,7 +160,7 @@ def messages(rank: int, world: int) -> dict[str, str]:
         "backend": lambda: initialize({"ep_backend": "symm_mem"}),
         "key": lambda: initialize({"replace": True}),
         "shape": lambda: initialized().forward(torch.zeros(3, D + 1)),
-        "one bad rank's dtype": lambda: initialized().forward(torch.zeros(3, D, dtype=torch.int)),
+        "dtype": lambda: initialized().forward(torch.zeros(3, D, dtype=torch.int)),
         "attach": lambda: ffmoe.attach(plain_engine(stock_in_engine)),
     }
     for name, attempt in attempts.items():
@@ -195,5 +191,5 @@ def test_every_rank_says_the_same() -> None:
     assert first["backend"].startswith("ep_backend 'symm_mem' cannot be used: it needs CUDA GPUs")
     assert first["key"].startswith('flashfusemoe.replace: unknown key; did you mean "replace_moe"?')
     assert first["shape"] == "MoE: input has shape (3, 9); expected [*, 8]"
-    assert first["one bad rank's dtype"].startswith("MoE: input is torch.int32")
+    assert first["dtype"].startswith("MoE: input is torch.int32")
     assert "flashfusemoe.replace_moe is true, but the engine was built over stock MoE layers (0)" in first["attach"]

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from flashfusemoe_ds.ds import expert_layout
+from flashfusemoe_ds.ds.expert_layout import _match as match
 from flashfusemoe_ds.ds.expert_layout import recognise
 
 D, I = 6, 10
@@ -156,6 +158,14 @@ class NoGradUp(Sequential):
         return self.b(self.middle(h))
 
 
+class DetachedWeight(Sequential):
+    """The gradient of the input is right, that of a weight is not."""
+
+    def forward(self, x):
+        weight = self.b.weight
+        return F.linear(self.middle(self.a(x)), 0.5 * weight + 0.5 * weight.detach(), self.b.bias)
+
+
 class TenfoldGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -167,7 +177,13 @@ class TenfoldGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    "expert", [Detached(F.gelu), NoGradUp(F.gelu), Sequential(lambda h: TenfoldGradient.apply(F.gelu(h)))]
+    "expert",
+    [
+        Detached(F.gelu),
+        NoGradUp(F.gelu),
+        DetachedWeight(F.gelu),
+        Sequential(lambda h: TenfoldGradient.apply(F.gelu(h))),
+    ],
 )
 def test_gradients_count_too(expert: nn.Module) -> None:
     layout, reason = recognise([expert], D)
@@ -193,6 +209,13 @@ def test_experts_that_differ_in_a_setting_are_left_alone() -> None:
     assert recognise(experts, D)[0] is not None
 
 
+def test_equal_settings_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    monkeypatch.setattr(expert_layout, "_match", lambda *args: (runs.append(1), match(*args))[1])
+    recognise([Sequential(nn.GELU()) for _ in range(8)], D)
+    assert len(runs) == 1
+
+
 def test_experts_that_share_a_linear_are_left_alone() -> None:
     experts = [Sequential(F.gelu), Sequential(F.gelu)]
     experts[1].a = experts[0].a
@@ -208,6 +231,9 @@ def test_every_kind_of_hook_counts(hook: str) -> None:
     assert recognise([expert], D) == (None, "one has hooks")
     expert = Sequential(F.gelu)
     expert.a.weight.register_hook(lambda grad: grad)
+    assert recognise([expert], D) == (None, "one has hooks")
+    expert = Sequential(F.gelu)
+    expert.a.weight.register_post_accumulate_grad_hook(lambda param: None)
     assert recognise([expert], D) == (None, "one has hooks")
 
 

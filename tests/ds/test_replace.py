@@ -14,7 +14,7 @@ from torch import nn
 
 from flashfusemoe_ds import MoE, get_dense_params, initialize, replace_moe
 from flashfusemoe_ds.ds.fused_experts import FusedExperts
-from flashfusemoe_ds.ds.replace import remap_groups, remap_optimizer
+from flashfusemoe_ds.ds.replace import as_lists, remap_groups, remap_optimizer
 from flashfusemoe_ds.nn.experts import ModuleExperts
 from tests.distributed import run_ranks
 
@@ -95,17 +95,51 @@ def test_experts_tied_to_another_module_stay_tied() -> None:
     assert isinstance(experts, ModuleExperts) and experts.deepspeed_experts[2][0].weight is model[0].weight
 
 
+def test_an_expert_that_another_module_holds_too_stays_shared() -> None:
+    model = nn.Sequential(StockMoE(D, mlp(), 4))
+    model.shared = model[0].deepspeed_moe.experts.deepspeed_experts[0]
+    replace_moe(model)
+    assert model[0].deepspeed_moe.experts.deepspeed_experts[0] is model.shared
+    assert model.shared(torch.randn(3, D)).shape == (3, D)
+
+
+def test_a_list_of_experts_in_two_containers_stays_shared() -> None:
+    model = nn.Sequential(StockMoE(D, mlp(), 4), StockMoE(D, mlp(), 4))
+    lists = [layer.deepspeed_moe.experts for layer in model]
+    lists[1].deepspeed_experts = lists[0].deepspeed_experts
+    replace_moe(model)
+    first, second = (layer.deepspeed_moe.experts.deepspeed_experts for layer in model)
+    assert all(a is b for a, b in zip(first, second, strict=True))
+
+
+def test_a_container_shared_with_a_layer_that_stays_is_not_emptied() -> None:
+    model = nn.Sequential(StockMoE(D, mlp(), 4, drop_tokens=False), StockMoE(D, mlp(), 4, drop_tokens=False))
+    model[1].deepspeed_moe.gate = OwnGate(D, 4, drop_tokens=False)
+    model[1].deepspeed_moe.experts = model[0].deepspeed_moe.experts
+    replace_moe(model)
+    for layer in model:
+        assert layer(torch.randn(9, D))[0].shape == (9, D)
+
+
+def test_old_storage_is_freed() -> None:
+    stock = StockMoE(D, mlp(), 4)
+    old = list(stock.deepspeed_moe.experts.parameters())
+    replace_moe(stock)
+    assert all(p.numel() == 0 and p.fused_into.dim() in (2, 3) for p in old)
+
+
 class OwnGate(TopKGate):
     def forward(self, *args):
         return super().forward(*args)
 
 
 def test_classes_hooks_and_overrides_of_the_users_are_not_lost() -> None:
-    own_gate, hooked, overridden = (StockMoE(D, mlp(), 4) for _ in range(3))
+    layers = own_gate, hooked, *overridden = [StockMoE(D, mlp(), 4) for _ in range(5)]
     own_gate.deepspeed_moe.gate = OwnGate(D, 4)
     hooked.deepspeed_moe.experts.register_forward_hook(lambda *_: None)
-    overridden.deepspeed_moe.forward = lambda *args: args[0]
-    for layer in (own_gate, hooked, overridden):
+    for moe, part in zip(overridden, ("", "gate", "experts"), strict=True):
+        moe.deepspeed_moe.get_submodule(part).forward = lambda *args: args[0]
+    for layer in layers:
         assert type(replace_moe(layer)) is StockMoE
 
 
@@ -156,6 +190,36 @@ def test_parameter_lists_groups_and_optimizer_follow() -> None:
     assert not torch.equal(experts.up_proj, before)
 
 
+def test_named_parameters_and_generators_follow() -> None:
+    model = Model()
+    named = list(model.named_parameters())
+    groups = as_lists([{"params": (p for n, p in model.named_parameters() if "deepspeed_experts" in n), "lr": 0.1}])
+    replace_moe(model)
+    remapped = remap_groups(named)
+    assert {id(p) for _, p in remapped} == {id(p) for p in model.parameters()}
+    experts = {id(p) for p in model.moe.deepspeed_moe.experts.parameters()}
+    assert {id(p) for p in remap_groups(groups)[0]["params"]} == experts
+    assert remap_groups([{"params": model.inp.weight}])[0]["params"][0] is model.inp.weight
+
+
+def test_a_scheduler_that_counts_groups_must_come_later() -> None:
+    model = Model()
+    optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    replace_moe(model)
+    with pytest.raises(ValueError, match="build the scheduler after replace_moe"):
+        remap_optimizer(optimizer)
+
+
+def test_copies_of_replaced_parameters_are_noticed() -> None:
+    """copy.deepcopy loses what points from a replaced parameter to its successor."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replace_moe(model)
+    with pytest.raises(ValueError, match="a listed parameter is empty"):
+        remap_groups(copy.deepcopy(list(optimizer.param_groups)))
+
+
 def test_groups_that_deepspeed_split_by_size_are_joined_again() -> None:
     model = Model()
     split = split_params_into_different_moe_groups_for_optimizer(
@@ -187,17 +251,45 @@ def init_weights(module: nn.Module) -> None:
             module.bias.data = torch.full_like(module.bias, 0.5)
 
 
+def init_matrices(module: nn.Module) -> None:
+    """By dimension and not by class: on a stacked parameter the fan would be another."""
+    for param in module.parameters(recurse=False):
+        if param.dim() > 1:
+            nn.init.xavier_uniform_(param)
+
+
 def test_a_models_own_initialisation_reaches_the_experts_with_stock_draws() -> None:
-    states = []
+    states, draws = [], []
     for moe_class in (StockMoE, MoE):
         torch.manual_seed(0)
         model = Model(moe_class)
         model.apply(init_weights)
+        model.apply(init_matrices)
         states.append(model.state_dict())
-        assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
+        draws.append(torch.get_rng_state())
+    assert torch.equal(*draws)
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
     up = "moe.deepspeed_moe.experts.deepspeed_experts.{}.0.weight"
     assert not torch.equal(states[1][up.format(0)], states[1][up.format(1)])
+
+
+def overlap_at_each_stage(rank: int, world: int) -> dict[str, bool]:
+    found = {}
+    for stage in (1, 2):
+        for name, section in (("default", {}), ("off", {"overlap_dense_grads": False})):
+            config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage},
+                      "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+                      "flashfusemoe": section}  # fmt: skip
+            model = nn.Sequential(MoE(D, mlp(), 4))
+            engine, *_ = initialize(model=model, model_parameters=model.parameters(), config=config)
+            found[f"{stage}, {name}"] = engine.optimizer.overlap_comm
+            assert "overlap_comm" not in config["zero_optimization"], "the caller's config was changed"
+    return found
+
+
+def test_overlap_comm_is_set_where_the_config_leaves_it_out() -> None:
+    found = run_ranks(1, overlap_at_each_stage)[0]
+    assert found == {"1, default": True, "1, off": False, "2, default": True, "2, off": False}
 
 
 def engine_over_a_layer_with_an_own_gate(rank: int, world: int) -> str:
@@ -227,12 +319,22 @@ def test_apply_carries_requires_grad_and_respects_it() -> None:
     assert torch.equal(model.moe.deepspeed_moe.experts.up_proj, before)
 
 
-def test_apply_that_changes_nothing_writes_nothing() -> None:
+@pytest.mark.parametrize("weight", [0.0, float("nan")])
+def test_apply_that_changes_nothing_writes_nothing(weight: float) -> None:
     """DeepSpeed's profiler applies functions between forward and backward."""
     model = Model(MoE)
+    with torch.no_grad():
+        model.moe.deepspeed_moe.experts.up_proj[0, 0, 0] = weight
     out = model(torch.randn(5, D)).sum()
     model.apply(lambda m: None)
     out.backward()
+
+
+def test_apply_carries_dtype() -> None:
+    model = MoE(D, mlp(), 2)
+    model.apply(lambda m: m.to(torch.bfloat16))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert copy.deepcopy(model).to("meta").apply(lambda m: None).deepspeed_moe.experts.up_proj.is_meta
 
 
 def test_apply_refuses_what_it_cannot_carry() -> None:
@@ -241,7 +343,7 @@ def test_apply_refuses_what_it_cannot_carry() -> None:
             seen.append(1)
             module.weight.requires_grad_(False)
 
-    with pytest.raises(ValueError, match="set requires_grad differently on parts of the stacked up_proj"):
+    with pytest.raises(ValueError, match="on parts of the stacked up_proj"):
         MoE(D, mlp(), 4).deepspeed_moe.experts.apply(freeze_first)
     with pytest.raises(ValueError, match="changed an expert's parameters"):
         MoE(D, mlp(), 4).apply(lambda m: nn.utils.parametrizations.weight_norm(m) if type(m) is nn.Linear else None)
@@ -267,7 +369,9 @@ def test_copies_are_independent() -> None:
 def marks_of_a_copy(rank: int, world: int) -> list[bool]:
     moe = copy.deepcopy(MoE(D, mlp(), 4))
     moe.set_deepspeed_parallelism()
-    return [p.allreduce is False and p.group_name == "ep_size_1" for p in moe.deepspeed_moe.experts.parameters()]
+    marked = dict(moe.deepspeed_moe.experts.named_parameters())
+    assert marked["up_proj_bias"].use_muon is False and not hasattr(marked["up_proj"], "use_muon")
+    return [p.allreduce is False and p.group_name == "ep_size_1" for p in marked.values()]
 
 
 def test_a_copied_model_trains_its_experts_as_experts() -> None:
@@ -294,8 +398,8 @@ def test_other_experts_keep_their_own_parameters_and_get_zero_gradients_without_
     model.moe.deepspeed_moe.gate.top2_2nd_expert_sampling = False
     model(torch.randn(6, D)).sum().backward()
     # DeepSpeed's experts see [groups, local experts, rows, D]; equal logits send every token to the first two, and the
-    # others see one row of zeros.
-    assert [e.last_shape for e in experts.deepspeed_experts] == [(1, 1, n, D) for n in (6, 6, 1, 1)]
+    # others see two rows of zeros.
+    assert [e.last_shape for e in experts.deepspeed_experts] == [(1, 1, n, D) for n in (6, 6, 2, 2)]
     grads = [[p.grad for p in e.parameters()] for e in experts.deepspeed_experts]
     assert all(g is not None for expert in grads for g in expert)
     assert all(torch.count_nonzero(g) == 0 for g in grads[3]) and any(torch.count_nonzero(g) for g in grads[0])
@@ -323,10 +427,19 @@ def test_load_state_dict_reports_missing_wrong_and_unknown_keys() -> None:
 
 
 def test_load_state_dict_can_assign() -> None:
-    source = MoE(D, mlp(), 2).to(torch.bfloat16)
-    target = copy.deepcopy(source).to("meta")
-    target.load_state_dict(source.state_dict(), assign=True)
+    source, target = MoE(D, mlp(), 2).to(torch.bfloat16), MoE(D, mlp(), 2)
+    target.deepspeed_moe.experts.up_proj_bias.requires_grad_(False)
+    state = source.state_dict()
+    from_meta = MoE(D, mlp(), 2).to("meta")
+    from_meta.load_state_dict(state, assign=True)
+    assert torch.equal(from_meta.deepspeed_moe.experts.up_proj, source.deepspeed_moe.experts.up_proj)
+    target.load_state_dict(state, assign=True)
     experts = target.deepspeed_moe.experts
-    assert experts.up_proj.dtype is torch.bfloat16 and experts.up_proj.device.type == "cpu"
-    assert torch.equal(experts.up_proj, source.deepspeed_moe.experts.up_proj)
-    assert isinstance(experts.up_proj, nn.Parameter) and experts.up_proj.requires_grad
+    for name, param in source.deepspeed_moe.experts.stacked().items():
+        loaded = getattr(experts, name)
+        assert isinstance(loaded, nn.Parameter) and loaded.dtype is torch.bfloat16 and torch.equal(loaded, param)
+        assert loaded.allreduce is False and loaded.group_name == "ep_size_1"
+        assert loaded.requires_grad == (name != "up_proj_bias")
+    del state["deepspeed_moe.experts.deepspeed_experts.0.2.weight"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        MoE(D, mlp(), 2).to("meta").load_state_dict(state, assign=True)

@@ -295,7 +295,7 @@ def _forward_backward(moe: nn.Module, x: Tensor, g: Tensor, used_token: Tensor |
 
 
 def _overflows(stock: nn.Module, case: Case) -> bool:
-    """Whether any expert was chosen more often than its capacity allows (facts: sharded_moe._capacity)."""
+    """Whether any expert was chosen more often than its capacity allows (sharded_moe._capacity)."""
     gate = stock.deepspeed_moe.gate
     counts = stock.deepspeed_moe.exp_counts
     if not gate.drop_tokens:
