@@ -4,6 +4,8 @@
 #   PYTHON=python3.12 ./setup_env.sh     another interpreter than python3
 set -euo pipefail
 cd "$(dirname "$0")"
+# The Makefile puts the environment first on PATH; it must not be made from itself.
+PATH=${PATH//"$PWD/.venv/bin:"/}
 
 PYTHON=${PYTHON:-python3}
 VENV=.venv
@@ -42,10 +44,19 @@ has_nvidia_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null
 
 fingerprint() { { "$PYTHON" -VV; pwd; cat setup.py pyproject.toml setup_env.sh; } | cksum; }
 
-make_venv() { # flags for venv
+make_venv() {
     rm -rf "$VENV"
-    quietly "$PYTHON" -m venv "$@" "$VENV" || { say "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+    quietly "$PYTHON" -m venv "$VENV" || { say "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
     quietly "$VENV/bin/pip" install "setuptools>=77.0.3" wheel ninja packaging
+}
+
+# Let .venv see the packages of $PYTHON. Not --system-site-packages: if $PYTHON is itself of an environment, that would
+# show the packages of the interpreter below it.
+see_packages_of_python() {
+    local site
+    site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$PYTHON" -c 'import sys; print("\n".join(p for p in sys.path if p.endswith(("site-packages", "dist-packages"))))' \
+        >"$site/packages_of_python.pth"
 }
 
 install_cpu_torch() {
@@ -74,7 +85,8 @@ want=$(fingerprint)
 
 if has_cuda_torch; then
     say "making $VENV on top of $PYTHON, whose torch sees a GPU"
-    make_venv --system-site-packages
+    make_venv
+    see_packages_of_python
 elif has_nvidia_gpu; then
     say "making $VENV with torch for NVIDIA GPUs (a download of some gigabytes)"
     make_venv
