@@ -47,7 +47,7 @@ fingerprint() { { "$PYTHON" -VV; pwd; cat setup.py pyproject.toml setup_env.sh; 
 make_venv() {
     rm -rf "$VENV"
     quietly "$PYTHON" -m venv "$VENV" || { say "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
-    quietly "$VENV/bin/pip" install "setuptools>=77.0.3" wheel ninja packaging
+    quietly "$VENV/bin/pip" install "setuptools>=77.0.3,<82" wheel ninja packaging # torch 2.11 asks for less than 82
 }
 
 # Let .venv see the packages of $PYTHON. Not --system-site-packages: if $PYTHON is itself of an environment, that would
