@@ -34,12 +34,13 @@ def replace_moe(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
-    stock_layers = [m for m in model.modules() if isinstance(m, StockMoE) and not isinstance(m, MoE)]
-    for layer in stock_layers:
+    layers = []
+    for layer in [m for m in model.modules() if isinstance(m, StockMoE) and not isinstance(m, MoE)]:
         reason = _foreign(layer)
-        if reason is not None:
+        if reason is None:
+            layers.append(layer)
+        else:
             logger.warning(f"a {type(layer).__name__} layer is left as it is: {reason}")
-    layers = [layer for layer in stock_layers if is_replaceable(layer)]
     tied = _tied_parameters(model, layers)
     converted: dict[int, tuple[nn.Module, nn.Module]] = {}
     for layer in layers:

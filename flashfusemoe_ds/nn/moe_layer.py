@@ -172,7 +172,7 @@ class MoELayer(nn.Module):
         Args:
             group: ranks whose tokens count, usually the data-parallel group; None counts this rank alone.
         """
-        if group is not None:
+        if group is not None and self.router.gating.expert_bias:
             dist.all_reduce(self.router.routed_counts, group=group)
         self.router.update_expert_bias()
 

@@ -80,6 +80,8 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "aux coefficient": (lambda: layer(aux_loss_coeff=-0.1), ValueError, "aux_loss_coeff is -0.1; it must be 0 or a"),
     "z coefficient": (lambda: layer(z_loss_coeff=float("nan")), ValueError, "z_loss_coeff is nan; it must be 0 or a"),
     "shared experts": (lambda: layer(num_shared_experts=-1), ValueError, "num_shared_experts is -1; it must be 0 or"),
+    "no bias to update": (lambda: layer().update_expert_bias(group=object()), ValueError,
+                          "gating.expert_bias is False; there is no bias to update"),
     "layer hidden size": (lambda: layer()(torch.zeros(2, 3, 5)), ValueError,
                           "MoELayer: input has shape (2, 3, 5); expected [*, 8]"),
     "layer gemm_backend": (lambda: layer(gemm_backend="grouped_mm").double()(torch.zeros(2, D).double()), ValueError,
