@@ -25,7 +25,8 @@ import torch.distributed
 
 import flashfusemoe_ds
 from flashfusemoe_ds.dispatch.select import EP_BACKENDS, resolve_hybrid, why_not
-from flashfusemoe_ds.kernels.grouped_gemm import GEMM_BACKENDS, TorchGroupedGemm
+from flashfusemoe_ds.kernels.grouped_gemm import TorchGroupedGemm
+from flashfusemoe_ds.kernels.select import GEMM_BACKENDS
 
 # Compiled against one torch or one driver, so that an installed one may still not load.
 COMPILED_PACKAGES = ("triton", "deep_ep")

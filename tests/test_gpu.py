@@ -14,7 +14,7 @@ from flashfusemoe_ds import MoE, MoELayer
 from flashfusemoe_ds.kernels import reference
 from flashfusemoe_ds.kernels.activation import ACTIVATIONS
 from flashfusemoe_ds.kernels.experts import experts
-from flashfusemoe_ds.kernels.grouped_gemm import select_gemm
+from flashfusemoe_ds.kernels.select import select_products
 from tests.close import relative_error, rms_error, value_and_grads
 from tests.ds.experts_zoo import GatedMLP
 from tests.ds.stock_grads import stock_grads
@@ -49,11 +49,11 @@ def test_rounding_is_no_worse_than_eager(activation: str, dtype: torch.dtype, re
     idx = idx.cuda()
 
     def fast(x: Tensor, weight: Tensor, *params: Tensor) -> Tensor:
-        gemm = select_gemm(None, x, (128, 96), 8)
-        assert gemm.name == ("grouped_mm" if dtype is torch.bfloat16 else "reference")
+        products = select_products(None, x, (128, 96), 8)
+        assert products.name == ("grouped_mm" if dtype is torch.bfloat16 else "reference")
         up, down, b_up, b_down = params
         return experts(
-            x, idx, weight.float(), up, down, ACTIVATIONS[activation], gemm,
+            x, idx, weight.float(), up, down, ACTIVATIONS[activation], products,
             b_up_eH=b_up, b_down_eD=b_down, recompute=recompute,
         )  # fmt: skip
 

@@ -21,7 +21,7 @@ from flashfusemoe_ds.dispatch.select import check_ep_backend, resolve_hybrid
 from flashfusemoe_ds.ds.checkpoint import guard_checkpoints
 from flashfusemoe_ds.ds.moe import MoE
 from flashfusemoe_ds.ds.replace import as_lists, is_replaceable, remap_groups, remap_optimizer, replace_moe
-from flashfusemoe_ds.kernels.grouped_gemm import check_gemm_backend
+from flashfusemoe_ds.kernels.select import check_gemm_backend
 from flashfusemoe_ds.nn.moe_layer import MoELayer
 
 

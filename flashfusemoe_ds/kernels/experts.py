@@ -12,104 +12,27 @@ No floating-point atomics: sums run in a fixed order, so equal inputs give equal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flashfusemoe_ds.kernels.activation import Activation
-from flashfusemoe_ds.kernels.grouped_gemm import GroupedGemm
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Elementwise arithmetic runs in float32 for 16-bit tensors and in the tensor's own precision otherwise."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-@dataclass(frozen=True)
-class ExpertOrder:
-    """The routes sorted by expert, stably: equal experts keep (row, k) order.
-
-    Attributes:
-        row_N: int64 [N], the source row of each sorted route.
-        route_N: int64 [N], its flat position row * K + k.
-        expert_N: int64 [N], its expert; for a dropped route (all of them at the end) any valid expert.
-        pos_RK: int64 [R, K], where route (r, k) landed in the sorted order; N if dropped.
-        ends_e: int32 [e], where each expert's routes end.
-    """
-
-    row_N: Tensor
-    route_N: Tensor
-    expert_N: Tensor
-    pos_RK: Tensor
-    ends_e: Tensor
-
-    @property
-    def valid_N1(self) -> Tensor:
-        """bool [N, 1]: False for the dropped routes at the end, whose rows hold nothing meaningful."""
-        num_routes = self.row_N.numel()
-        total = self.ends_e[-1] if self.ends_e.numel() else self.ends_e.new_zeros(())
-        return (torch.arange(num_routes, device=self.row_N.device) < total).unsqueeze(1)
-
-
-def sort_by_expert(idx_RK: Tensor, num_experts: int, num_routes: int) -> ExpertOrder:
-    """Sorts routes by expert without a host synchronisation.
-
-    Args:
-        idx_RK: int [R, K], expert ids in [0, num_experts) or -1.
-        num_routes: at least the number of entries >= 0; the length N of the sorted order.
-    """
-    flat = idx_RK.reshape(-1).long()
-    key = torch.where(flat < 0, num_experts, flat)
-    order = torch.argsort(key, stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
-    counts.scatter_add_(0, key, torch.ones_like(key))
-    pos = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    route_N = order[:num_routes]
-    return ExpertOrder(
-        row_N=route_N // max(idx_RK.shape[1], 1),
-        route_N=route_N,
-        expert_N=key[route_N].clamp_(max=num_experts - 1),
-        pos_RK=torch.where(flat < 0, num_routes, pos).view_as(idx_RK),
-        ends_e=counts[:num_experts].cumsum(0).to(torch.int32),
-    )
-
-
-def gather_sum(y_ND: Tensor, pos_RK: Tensor) -> Tensor:
-    """[N, D], [R, K] -> [R, D]: the sum of each row's routes, added in k order, in float32 for 16-bit inputs."""
-    num_routes, width = y_ND.shape
-    total = torch.zeros(pos_RK.shape[0], width, dtype=compute_dtype(y_ND.dtype), device=y_ND.device)
-    if num_routes:
-        for pos_R in pos_RK.unbind(1):
-            # A select, not a product with 0: rows past the last expert's may hold NaN.
-            rows = y_ND.index_select(0, pos_R.clamp(max=num_routes - 1)).to(total.dtype)
-            total += torch.where((pos_R < num_routes).unsqueeze(1), rows, 0)
-    return total.to(y_ND.dtype)
-
-
-def _segment_sum(rows_NW: Tensor, ends_e: Tensor) -> Tensor:
-    """[N, W] -> [e, W]: bias gradients, summed in compute dtype and in row order."""
-    lengths = torch.diff(ends_e.long(), prepend=ends_e.new_zeros(1).long(), append=ends_e.new_full((1,), len(rows_NW)))
-    return torch.segment_reduce(rows_NW, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)[:-1]
+from flashfusemoe_ds.kernels.activation import Activation, compute_dtype
+from flashfusemoe_ds.kernels.gather_sum import gather_partials, gather_sum
+from flashfusemoe_ds.kernels.order import sort_by_expert
+from flashfusemoe_ds.kernels.products import ExpertProducts, route_weights, segment_sum
 
 
 class _Experts(torch.autograd.Function):
     """The stage as one autograd node, so that what it keeps is chosen here and not by autograd."""
 
     @staticmethod
-    def forward(ctx, x_RD, weight_RK, w_up, w_down, b_up, b_down, idx_RK, num_routes, activation, gemm, recompute):
+    def forward(ctx, x_RD, weight_RK, w_up, w_down, b_up, b_down, idx_RK, num_routes, activation, products, recompute):
         order = sort_by_expert(idx_RK, w_up.shape[0], num_routes)
-        h_NH = _up(x_RD, order, w_up, b_up, gemm)
-        scale_N1 = _route_weights(weight_RK, order)
-        a_NF = (activation.forward(h_NH.to(compute_dtype(h_NH.dtype))) * scale_N1).to(x_RD.dtype)
-        bias_ND = None if b_down is None else (b_down[order.expert_N] * scale_N1).to(x_RD.dtype)
-        y_ND = gemm.nt(a_NF, w_down, order.ends_e, bias_ND)
-        out_RD = gather_sum(y_ND, order.pos_RK)
-
+        h_NH, a_NF = products.up(x_RD, order, w_up, b_up, weight_RK, activation)
+        y_ND = products.down(a_NF, order, w_down, b_down, weight_RK)
         ctx.save_for_backward(x_RD, None if recompute else h_NH, weight_RK, w_up, w_down, b_up, b_down, idx_RK)
-        ctx.num_routes, ctx.activation, ctx.gemm = num_routes, activation, gemm
-        return out_RD
+        ctx.num_routes, ctx.activation, ctx.products = num_routes, activation, products
+        return gather_sum(y_ND, order.pos_RK)
 
     @staticmethod
     @once_differentiable
@@ -122,45 +45,34 @@ class _Experts(torch.autograd.Function):
     def _backward(ctx, dout_RD):
         x_RD, h_NH, weight_RK, w_up, w_down, b_up, b_down, idx_RK = ctx.saved_tensors
         need_x, need_weight, need_w_up, need_w_down, need_b_up, need_b_down = ctx.needs_input_grad[:6]
-        gemm = ctx.gemm
+        products, activation = ctx.products, ctx.activation
         order = sort_by_expert(idx_RK, w_up.shape[0], ctx.num_routes)
+        own_h = h_NH is None
         if h_NH is None:
-            h_NH = _up(x_RD, order, w_up, b_up, gemm)
-        valid_N1, scale_N1 = order.valid_N1, _route_weights(weight_RK, order)
-        acc = compute_dtype(x_RD.dtype)
-
-        dy_ND = dout_RD.index_select(0, order.row_N)
-        da_NF = gemm.nn(dy_ND, w_down, order.ends_e).to(acc)
-        a_NF, dh_NH = ctx.activation.backward(h_NH.to(acc), da_NF)
-        dh_NH = (dh_NH * scale_N1).to(x_RD.dtype)
+            h_NH, _ = products.up(x_RD, order, w_up, b_up, weight_RK, activation)
+        dout_RD = dout_RD.contiguous()
+        dh_NH, a_NF, ds_PN = products.dgated(
+            dout_RD, order, w_down, b_down, h_NH, weight_RK, activation, overwrite_h=own_h
+        )
+        del h_NH
 
         dx = dweight = dw_up = dw_down = db_up = db_down = None
         if need_weight:
-            ds_N = (da_NF * a_NF).sum(1)
-            if b_down is not None:
-                ds_N = ds_N + (dy_ND.to(acc) * b_down[order.expert_N]).sum(1)
-            ds_N = torch.where(valid_N1[:, 0], ds_N, 0).to(weight_RK.dtype)
-            dweight = torch.zeros_like(weight_RK).view(-1).scatter_(0, order.route_N, ds_N).view_as(weight_RK)
-        if need_x:
-            dx = gather_sum(gemm.nn(dh_NH, w_up, order.ends_e), order.pos_RK)
+            dweight = gather_partials(ds_PN, order.pos_RK).to(weight_RK.dtype)
         if need_w_down:
-            dw_down = gemm.tn(dy_ND, (a_NF * scale_N1).to(x_RD.dtype), order.ends_e)
+            dw_down = products.dw_down(dout_RD, order, a_NF)
+        del a_NF
+        if need_x:
+            dx = gather_sum(products.dx(dh_NH, order, w_up), order.pos_RK)
         if need_w_up:
-            dw_up = gemm.tn(dh_NH, x_RD.index_select(0, order.row_N), order.ends_e)
+            dw_up = products.dw_up(dh_NH, order, x_RD)
+        acc = compute_dtype(x_RD.dtype)
         if need_b_down:
-            db_down = _segment_sum(dy_ND.to(acc) * scale_N1.to(acc), order.ends_e).to(b_down.dtype)
+            dy_ND = dout_RD.index_select(0, order.row_N).to(acc) * route_weights(weight_RK, order).to(acc)
+            db_down = segment_sum(dy_ND, order.ends_e).to(b_down.dtype)
         if need_b_up:
-            db_up = _segment_sum(dh_NH.to(acc), order.ends_e).to(b_up.dtype)
+            db_up = segment_sum(dh_NH.to(acc), order.ends_e).to(b_up.dtype)
         return dx, dweight, dw_up, dw_down, db_up, db_down, None, None, None, None, None
-
-
-def _up(x_RD: Tensor, order: ExpertOrder, w_up: Tensor, b_up: Tensor | None, gemm: GroupedGemm) -> Tensor:
-    bias_NH = None if b_up is None else b_up[order.expert_N]
-    return gemm.nt(x_RD.index_select(0, order.row_N), w_up, order.ends_e, bias_NH)
-
-
-def _route_weights(weight_RK: Tensor, order: ExpertOrder) -> Tensor:
-    return weight_RK.reshape(-1).index_select(0, order.route_N).unsqueeze(1)
 
 
 def experts(
@@ -170,7 +82,7 @@ def experts(
     w_up_eHD: Tensor,
     w_down_eDF: Tensor,
     activation: Activation,
-    gemm: GroupedGemm,
+    products: ExpertProducts,
     *,
     b_up_eH: Tensor | None = None,
     b_down_eD: Tensor | None = None,
@@ -195,5 +107,5 @@ def experts(
     if num_routes is None:
         num_routes = idx_RK.numel()
     return _Experts.apply(
-        x_RD, weight_RK, w_up_eHD, w_down_eDF, b_up_eH, b_down_eD, idx_RK, num_routes, activation, gemm, recompute
+        x_RD, weight_RK, w_up_eHD, w_down_eDF, b_up_eH, b_down_eD, idx_RK, num_routes, activation, products, recompute
     )

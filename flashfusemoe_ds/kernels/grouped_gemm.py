@@ -100,31 +100,3 @@ class TorchGroupedGemm:
         if g_NO.shape[0] == 0:
             return g_NO.new_zeros(ends_e.numel(), g_NO.shape[1], x_NI.shape[1])
         return torch._grouped_mm(g_NO.T, x_NI, offs=ends_e)
-
-
-GEMM_BACKENDS = ("grouped_mm", "reference")
-
-
-def check_gemm_backend(requested: str | None) -> None:
-    """ValueError unless the name is one of GEMM_BACKENDS, or None for the fastest that runs."""
-    if requested not in (None, *GEMM_BACKENDS):
-        raise ValueError(
-            f"gemm_backend is {requested!r}, which this version does not have; valid: {', '.join(GEMM_BACKENDS)}, or "
-            "leave it out"
-        )
-
-
-def select_gemm(requested: str | None, x: Tensor, widths: tuple[int, ...], num_experts: int) -> GroupedGemm:
-    """The backend for operands like `x`. Left open (None), it is grouped_mm wherever that runs, else reference.
-
-    Raises ValueError where the requested one cannot run on these operands.
-    """
-    check_gemm_backend(requested)
-    if requested == "reference":
-        return ReferenceGemm()
-    why_not = TorchGroupedGemm.why_not(x.dtype, x.device, widths, num_experts)
-    if why_not is None:
-        return TorchGroupedGemm()
-    if requested is not None:
-        raise ValueError(f"gemm_backend {requested!r} cannot run here: {why_not}; valid here: 'reference'")
-    return ReferenceGemm()

@@ -11,9 +11,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flashfusemoe_ds.kernels.activation import get_activation
-from flashfusemoe_ds.kernels.experts import compute_dtype, experts, gather_sum, sort_by_expert
-from flashfusemoe_ds.kernels.grouped_gemm import GroupedGemm, check_gemm_backend, select_gemm
+from flashfusemoe_ds.kernels.activation import compute_dtype, get_activation
+from flashfusemoe_ds.kernels.experts import experts
+from flashfusemoe_ds.kernels.gather_sum import gather_sum
+from flashfusemoe_ds.kernels.order import sort_by_expert
+from flashfusemoe_ds.kernels.products import ExpertProducts
+from flashfusemoe_ds.kernels.select import check_gemm_backend, select_products
 from flashfusemoe_ds.types import Dispatched
 
 
@@ -89,9 +92,9 @@ class GroupedExperts(nn.Module):
         width = self.activation.up_width(self.intermediate_size)
         return 2 * num_routes * self.d_model * (width + self.intermediate_size)
 
-    def _gemm(self, x: Tensor) -> GroupedGemm:
+    def _products(self, x: Tensor) -> ExpertProducts:
         widths = (self.d_model, self.intermediate_size, self.activation.up_width(self.intermediate_size))
-        return select_gemm(self.gemm_backend, x, widths, self.num_local_experts)
+        return select_products(self.gemm_backend, x, widths, self.num_local_experts)
 
     def prepare(self, x_TD: Tensor) -> Tensor:
         """The rows to dispatch, in the dtype the experts compute in. ValueError for what they cannot take: here,
@@ -99,7 +102,7 @@ class GroupedExperts(nn.Module):
         x_TD, down = under_autocast(x_TD, self.down_proj[:0])
         if x_TD.dtype != down.dtype:
             raise ValueError(f"input is {x_TD.dtype}, the experts' parameters {down.dtype}; cast one or use autocast")
-        self._gemm(x_TD)
+        self._products(x_TD)
         return x_TD
 
     def forward(self, sent: Dispatched) -> Tensor:
@@ -115,7 +118,7 @@ class GroupedExperts(nn.Module):
                 up,
                 down,
                 self.activation,
-                self._gemm(x_RD),
+                self._products(x_RD),
                 b_up_eH=up_bias,
                 b_down_eD=down_bias,
                 num_routes=sent.num_routes,

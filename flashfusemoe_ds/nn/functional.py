@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.kernels.experts import experts
-from flashfusemoe_ds.kernels.grouped_gemm import select_gemm
+from flashfusemoe_ds.kernels.select import select_products
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden
 from flashfusemoe_ds.nn.experts import under_autocast
 from flashfusemoe_ds.nn.router import Gating, get_gating, route_with_losses, router_logits
@@ -65,6 +65,8 @@ def fused_moe(
         raise ValueError(
             f"hidden_states is {x_TD.dtype}, w_up {w_up.dtype} and w_down {w_down.dtype}; they must agree"
         )
-    gemm = select_gemm(gemm_backend, x_TD, (d_model, intermediate, w_up.shape[1]), num_experts)
-    y_TD = experts(x_TD, routing.idx_TK, routing.weight_TK, w_up, w_down, act, gemm, recompute=recompute_activations)
+    products = select_products(gemm_backend, x_TD, (d_model, intermediate, w_up.shape[1]), num_experts)
+    y_TD = experts(
+        x_TD, routing.idx_TK, routing.weight_TK, w_up, w_down, act, products, recompute=recompute_activations
+    )
     return y_TD.reshape(hidden_states.shape), routing.losses

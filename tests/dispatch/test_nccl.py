@@ -18,6 +18,7 @@ from flashfusemoe_ds.kernels import reference
 from flashfusemoe_ds.kernels.activation import ACTIVATIONS
 from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.grouped_gemm import ReferenceGemm
+from flashfusemoe_ds.kernels.products import TorchProducts
 from flashfusemoe_ds.nn.moe_layer import MoELayer
 from flashfusemoe_ds.types import Routing
 from tests.close import relative_error
@@ -76,7 +77,8 @@ def one_case(rank: int, world: int, case: str, top_k: int, num_experts: int, dev
     idx = idx.to(device)
     sent = dispatch(dispatcher, leaves[0], Routing(idx, leaves[1], torch.zeros(num_experts, dtype=torch.long)))
     assert sent.num_routes == int((sent.idx_RK >= 0).sum())
-    y = experts(sent.x_RD, sent.idx_RK, sent.weight_RK, leaves[2], leaves[3], ACTIVATIONS["swiglu"], ReferenceGemm(),
+    products = TorchProducts(ReferenceGemm())
+    y = experts(sent.x_RD, sent.idx_RK, sent.weight_RK, leaves[2], leaves[3], ACTIVATIONS["swiglu"], products,
                 num_routes=sent.num_routes)  # fmt: skip
     out = combine(dispatcher, y, sent.handle)
     assert comm.calls == {"int64": 1, "int32": 1, "float64": 2}, "one count, one metadata, one row exchange each way"

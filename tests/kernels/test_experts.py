@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 
 from flashfusemoe_ds.kernels import reference
 from flashfusemoe_ds.kernels.activation import ACTIVATIONS
-from flashfusemoe_ds.kernels.experts import experts, sort_by_expert
-from flashfusemoe_ds.kernels.grouped_gemm import ReferenceGemm, TorchGroupedGemm, select_gemm
+from flashfusemoe_ds.kernels.experts import experts
+from flashfusemoe_ds.kernels.grouped_gemm import ReferenceGemm, TorchGroupedGemm
+from flashfusemoe_ds.kernels.order import sort_by_expert
+from flashfusemoe_ds.kernels.products import TorchProducts
+from flashfusemoe_ds.kernels.select import select_products
 from tests.close import relative_error, value_and_grads
 
+REFERENCE, GROUPED_MM = TorchProducts(ReferenceGemm()), TorchProducts(TorchGroupedGemm())
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
@@ -38,7 +42,9 @@ def make_case(rows: int, top_k: int, num_experts: int, width: int, inner: int, a
     return inputs, idx
 
 
-def compare(inputs, idx, activation: str, dtype: torch.dtype, gemm, bias: bool, recompute: bool, tight: bool) -> None:
+def compare(
+    inputs, idx, activation: str, dtype: torch.dtype, products, bias: bool, recompute: bool, tight: bool
+) -> None:
     num_inputs = 6 if bias else 4
     num_routes = int((idx >= 0).sum()) if tight else None
 
@@ -47,7 +53,7 @@ def compare(inputs, idx, activation: str, dtype: torch.dtype, gemm, bias: bool, 
 
     def fast(x, w, up, down, b_up=None, b_down=None):
         return experts(
-            x, idx, w, up, down, ACTIVATIONS[activation], gemm,
+            x, idx, w, up, down, ACTIVATIONS[activation], products,
             b_up_eH=b_up, b_down_eD=b_down, num_routes=num_routes, recompute=recompute,
         )  # fmt: skip
 
@@ -64,15 +70,15 @@ def compare(inputs, idx, activation: str, dtype: torch.dtype, gemm, bias: bool, 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_float64_equals_the_reference(activation: str, bias: bool, recompute: bool) -> None:
     inputs, idx = make_case(37, 3, 6, 8, 12, activation)
-    compare(inputs, idx, activation, torch.float64, ReferenceGemm(), bias, recompute, tight=False)
+    compare(inputs, idx, activation, torch.float64, REFERENCE, bias, recompute, tight=False)
 
 
 @pytest.mark.parametrize("tight", [False, True])
-@pytest.mark.parametrize("gemm", [ReferenceGemm(), TorchGroupedGemm()], ids=lambda g: g.name)
+@pytest.mark.parametrize("products", [REFERENCE, GROUPED_MM], ids=lambda p: p.name)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_float32_backends_equal_the_reference(activation: str, gemm, tight: bool) -> None:
+def test_float32_backends_equal_the_reference(activation: str, products, tight: bool) -> None:
     inputs, idx = make_case(129, 2, 8, 32, 24, activation)
-    compare(inputs, idx, activation, torch.float32, gemm, True, False, tight)
+    compare(inputs, idx, activation, torch.float32, products, True, False, tight)
 
 
 @settings(max_examples=40, deadline=None)
@@ -89,16 +95,16 @@ def test_float32_backends_equal_the_reference(activation: str, gemm, tight: bool
 )
 def test_any_shape(rows, top_k, num_experts, width, inner, activation, bias, tight, seed) -> None:
     inputs, idx = make_case(rows, top_k, num_experts, width, inner, activation, seed)
-    compare(inputs, idx, activation, torch.float64, select_gemm(None, inputs[0], (width, inner), num_experts), bias,
-            False, tight)  # fmt: skip
+    products = select_products(None, inputs[0], (width, inner), num_experts)
+    compare(inputs, idx, activation, torch.float64, products, bias, False, tight)
 
 
 def test_an_expert_without_rows_gets_zero_gradients_not_none() -> None:
     (x, w, up, down, _, _), idx = make_case(16, 2, 4, 8, 8, "swiglu")
     idx[idx == 2] = 0
-    for gemm in (ReferenceGemm(), TorchGroupedGemm()):
+    for products in (REFERENCE, GROUPED_MM):
         up32, down32 = up.float().requires_grad_(), down.float().requires_grad_()
-        experts(x.float(), idx, w.float(), up32, down32, ACTIVATIONS["swiglu"], gemm).sum().backward()
+        experts(x.float(), idx, w.float(), up32, down32, ACTIVATIONS["swiglu"], products).sum().backward()
         for grad in (up32.grad, down32.grad):
             assert torch.count_nonzero(grad[2]) == 0 and torch.isfinite(grad).all()
             assert torch.count_nonzero(grad[0]) > 0
@@ -109,7 +115,7 @@ def test_a_nan_row_stays_in_its_row_and_its_experts() -> None:
     idx[:] = torch.tensor([[0], [1], [2], [3], [-1], [0], [1], [2]])
     x[2] = float("nan")
     leaves = [t.float().requires_grad_() for t in (x, w, up, down)]
-    y = experts(leaves[0], idx, *leaves[1:], ACTIVATIONS["swiglu"], TorchGroupedGemm())
+    y = experts(leaves[0], idx, *leaves[1:], ACTIVATIONS["swiglu"], GROUPED_MM)
     y.sum().backward()
     assert torch.isnan(y).any(1).tolist() == [False, False, True, False, False, False, False, False]
     assert torch.isnan(leaves[2].grad).flatten(1).any(1).tolist() == [False, False, True, False]
@@ -120,7 +126,9 @@ def test_equal_inputs_give_equal_bits() -> None:
 
     def run():
         return value_and_grads(
-            lambda *t: experts(t[0], idx, *t[1:], ACTIVATIONS["swiglu"], TorchGroupedGemm()), inputs[:4], torch.float32
+            lambda *t: experts(t[0], idx, *t[1:], ACTIVATIONS["swiglu"], GROUPED_MM),
+            inputs[:4],
+            torch.float32,
         )
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -146,7 +154,7 @@ def test_kept_for_backward_is_x_and_h_alone(recompute: bool) -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        experts(x, idx, w, up, down, ACTIVATIONS["swiglu"], TorchGroupedGemm(), recompute=recompute)
+        experts(x, idx, w, up, down, ACTIVATIONS["swiglu"], GROUPED_MM, recompute=recompute)
     for weight in (up, down):
         del kept[weight.untyped_storage().data_ptr()]
     routing = rows * top_k * (4 + 8)  # float32 weights and int64 ids
@@ -158,7 +166,7 @@ def test_a_backend_that_cannot_run_is_refused_by_name() -> None:
     with pytest.raises(
         ValueError, match=r"gemm_backend 'grouped_mm' cannot run here: .*multiple of 16 bytes.*'reference'"
     ):
-        select_gemm("grouped_mm", torch.zeros(1), (7,), 4)
-    assert select_gemm(None, torch.zeros(1), (7,), 4).name == "reference"
-    assert select_gemm(None, torch.zeros(1), (8,), 4).name == "grouped_mm"
-    assert select_gemm(None, torch.zeros(1, dtype=torch.float64), (8,), 4).name == "reference"
+        select_products("grouped_mm", torch.zeros(1), (7,), 4)
+    assert select_products(None, torch.zeros(1), (7,), 4).name == "reference"
+    assert select_products(None, torch.zeros(1), (8,), 4).name == "grouped_mm"
+    assert select_products(None, torch.zeros(1, dtype=torch.float64), (8,), 4).name == "reference"
