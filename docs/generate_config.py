@@ -46,9 +46,9 @@ FOOTER = """\
   otherwise. At stage 0 it does nothing in this version.
 - `gemm_backend` and `recompute_activations` concern fused experts. Experts that run one by one (see
   [migrating_from_deepspeed_moe.md](migrating_from_deepspeed_moe.md#which-experts-are-fused)) ignore them.
-- In this version `ep_backend` "deep_ep" and "symm_mem" and `gemm_backend` "triton" are names without an
-  implementation: asking for one raises. "hybrid" therefore always takes "nccl". `python -m flashfusemoe_ds.report`
-  prints what runs on a machine, and why the rest does not.
+- In this version `ep_backend` "deep_ep" and "symm_mem" are names without an implementation: asking for one raises.
+  "hybrid" therefore always takes "nccl". `gemm_backend` "triton" needs a CUDA GPU of compute capability 8.0 or more.
+  `python -m flashfusemoe_ds.report` prints what runs on a machine, and why the rest does not.
 - `MoELayer` and `fused_moe` read no config: `gemm_backend` and `recompute_activations` are arguments there, and
   `shard_experts` takes the `ep_backend`.
 """

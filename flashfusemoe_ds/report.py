@@ -26,7 +26,7 @@ import torch.distributed
 import flashfusemoe_ds
 from flashfusemoe_ds.dispatch.select import EP_BACKENDS, resolve_hybrid, why_not
 from flashfusemoe_ds.kernels.grouped_gemm import TorchGroupedGemm
-from flashfusemoe_ds.kernels.select import GEMM_BACKENDS
+from flashfusemoe_ds.kernels.select import why_not_triton
 
 # Compiled against one torch or one driver, so that an installed one may still not load.
 COMPILED_PACKAGES = ("triton", "deep_ep")
@@ -110,7 +110,7 @@ def find_versions() -> list[Version]:
     ]
 
 
-def _or_error(find: Callable[..., str], *args: str) -> str:
+def _or_error(find: Callable[..., str], *args: object) -> str:
     try:
         return find(*args)
     except Exception as error:  # a broken installation may raise anything
@@ -272,16 +272,22 @@ def _what_it_uses(name: str) -> str:
 def _gemm_backends() -> list[Backend]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    reasons = {dtype: TorchGroupedGemm.why_not(dtype, device, (), 1) for dtype in GEMM_DTYPES}
-    for dtype, reason in reasons.items():
-        if reason is None and not hasattr(torch, "_grouped_mm"):
-            reason = "this torch has no torch._grouped_mm"
-        value = f"grouped_mm ({str(dtype).removeprefix('torch.')})"
-        rows.append(Backend("gemm_backend", value, reason is None, reason or f"torch._grouped_mm on {device.type}"))
+    for name, usable_how in (("triton", "kernels of this package"), ("grouped_mm", "torch._grouped_mm")):
+        for dtype in GEMM_DTYPES:
+            reason = _or_error(_why_not_gemm, name, dtype, device)
+            value = f"{name} ({str(dtype).removeprefix('torch.')})"
+            rows.append(Backend("gemm_backend", value, not reason, reason or f"{usable_how} on {device.type}"))
     rows.append(Backend("gemm_backend", "reference", True, "one product per expert; any dtype and device"))
-    if "triton" not in GEMM_BACKENDS:
-        rows.append(Backend("gemm_backend", "triton", False, "not in this version of flashfusemoe_ds"))
     return rows
+
+
+def _why_not_gemm(name: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Empty if usable."""
+    if name == "triton":
+        return why_not_triton(dtype, device) or ""
+    if not hasattr(torch, "_grouped_mm"):
+        return "this torch has no torch._grouped_mm"
+    return TorchGroupedGemm.why_not(dtype, device, (), 1) or ""
 
 
 # --- output ------------------------------------------------------------------------------------------------------

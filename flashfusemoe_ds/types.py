@@ -15,7 +15,9 @@ The data flow is `router -> Routing -> dispatch -> Dispatched -> experts -> comb
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -28,14 +30,20 @@ class Routing:
     Attributes:
         idx_TK: int64 [T, K], global expert ids in [0, E), -1 where the route was dropped.
         weight_TK: float32 [T, K] combine weights, differentiable; 0 where idx_TK is -1.
-        counts_E: int64 [E], routes per expert before any were dropped.
+        counts: routes per expert before any were dropped, int64 [E], or a function that counts them: most steps never
+            ask. Read them as counts_E.
         losses: scalar float32 losses by name ("aux_loss", "z_loss"), already times their coefficients.
     """
 
     idx_TK: Tensor
     weight_TK: Tensor
-    counts_E: Tensor
+    counts: Tensor | Callable[[], Tensor]
     losses: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def counts_E(self) -> Tensor:
+        """int64 [E], routes per expert before any were dropped."""
+        return self.counts() if callable(self.counts) else self.counts
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from flashfusemoe_ds import report
 from flashfusemoe_ds.config import FlashFuseMoEConfig
 from flashfusemoe_ds.dispatch.select import EP_BACKENDS, why_not
 
-GEMM_BACKENDS = ("grouped_mm (bfloat16)", "grouped_mm (float16)", "grouped_mm (float32)", "reference", "triton")
+DTYPES = ("bfloat16", "float16", "float32")
+GEMM_BACKENDS = (*(f"{name} ({dtype})" for name in ("triton", "grouped_mm") for dtype in DTYPES), "reference")
 
 TOPOLOGY = """\
 \tGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID
@@ -80,6 +81,13 @@ def test_a_missing_package_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report.metadata, "version", _raise_not_found)
     versions = {row.name: row.version for row in report.find_versions()}
     assert versions["deepspeed"] == versions["triton"] == versions["deep_ep"] == "not installed"
+
+
+def test_without_triton_its_backend_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashfusemoe_ds.kernels.triton_products", None)
+    rows = [row for row in report.find_backends() if row.value.startswith("triton")]
+    assert len(rows) == len(DTYPES)
+    assert all(not row.usable and "triton cannot be imported" in row.reason for row in rows)
 
 
 def _raise_not_found(name: str) -> str:

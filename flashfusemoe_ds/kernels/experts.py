@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flashfusemoe_ds.kernels.activation import Activation, compute_dtype
-from flashfusemoe_ds.kernels.gather_sum import gather_partials, gather_sum
-from flashfusemoe_ds.kernels.order import sort_by_expert
-from flashfusemoe_ds.kernels.products import ExpertProducts, route_weights, segment_sum
+from flashfusemoe_ds.kernels.activation import Activation
+from flashfusemoe_ds.kernels.gather_sum import gather_partials, gather_sum, gather_sum_and_partials
+from flashfusemoe_ds.kernels.order import ExpertOrder, sort_by_expert
+from flashfusemoe_ds.kernels.products import ExpertProducts
+from flashfusemoe_ds.kernels.segment_sum import segment_sum
 
 
 class _Experts(torch.autograd.Function):
@@ -30,8 +31,9 @@ class _Experts(torch.autograd.Function):
         order = sort_by_expert(idx_RK, w_up.shape[0], num_routes)
         h_NH, a_NF = products.up(x_RD, order, w_up, b_up, weight_RK, activation)
         y_ND = products.down(a_NF, order, w_down, b_down, weight_RK)
-        ctx.save_for_backward(x_RD, None if recompute else h_NH, weight_RK, w_up, w_down, b_up, b_down, idx_RK)
-        ctx.num_routes, ctx.activation, ctx.products = num_routes, activation, products
+        kept_h = None if recompute else h_NH
+        ctx.save_for_backward(x_RD, kept_h, weight_RK, w_up, w_down, b_up, b_down, *order.tensors())
+        ctx.activation, ctx.products = activation, products
         return gather_sum(y_ND, order.pos_RK)
 
     @staticmethod
@@ -43,36 +45,41 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, dout_RD):
-        x_RD, h_NH, weight_RK, w_up, w_down, b_up, b_down, idx_RK = ctx.saved_tensors
+        x_RD, h_NH, weight_RK, w_up, w_down, b_up, b_down, *fields = ctx.saved_tensors
         need_x, need_weight, need_w_up, need_w_down, need_b_up, need_b_down = ctx.needs_input_grad[:6]
-        products, activation = ctx.products, ctx.activation
-        order = sort_by_expert(idx_RK, w_up.shape[0], ctx.num_routes)
-        own_h = h_NH is None
+        products, activation, order = ctx.products, ctx.activation, ExpertOrder(*fields)
+        # dH takes H's memory, unless a second backward through this graph may ask for H again.
+        overwrite_h = h_NH is None or not _graph_is_kept()
         if h_NH is None:
             h_NH, _ = products.up(x_RD, order, w_up, b_up, weight_RK, activation)
         dout_RD = dout_RD.contiguous()
         dh_NH, a_NF, ds_PN = products.dgated(
-            dout_RD, order, w_down, b_down, h_NH, weight_RK, activation, overwrite_h=own_h
+            dout_RD, order, w_down, b_down, h_NH, weight_RK, activation, overwrite_h=overwrite_h
         )
         del h_NH
 
         dx = dweight = dw_up = dw_down = db_up = db_down = None
-        if need_weight:
-            dweight = gather_partials(ds_PN, order.pos_RK).to(weight_RK.dtype)
         if need_w_down:
             dw_down = products.dw_down(dout_RD, order, a_NF)
         del a_NF
         if need_x:
-            dx = gather_sum(products.dx(dh_NH, order, w_up), order.pos_RK)
+            dx, dweight = gather_sum_and_partials(products.dx(dh_NH, order, w_up), order.pos_RK, ds_PN)
+        elif need_weight:
+            dweight = gather_partials(ds_PN, order.pos_RK)
+        if need_weight:
+            dweight = dweight.to(weight_RK.dtype)
         if need_w_up:
             dw_up = products.dw_up(dh_NH, order, x_RD)
-        acc = compute_dtype(x_RD.dtype)
         if need_b_down:
-            dy_ND = dout_RD.index_select(0, order.row_N).to(acc) * route_weights(weight_RK, order).to(acc)
-            db_down = segment_sum(dy_ND, order.ends_e).to(b_down.dtype)
+            db_down = segment_sum(dout_RD, order, b_down.dtype, weight_RK)
         if need_b_up:
-            db_up = segment_sum(dh_NH.to(acc), order.ends_e).to(b_up.dtype)
+            db_up = segment_sum(dh_NH, order, b_up.dtype)
         return dx, dweight, dw_up, dw_down, db_up, db_down, None, None, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that runs was asked to retain its graph (or it is no autograd backward at all)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def experts(

@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from flashfusemoe_ds.kernels.activation import Activation, compute_dtype
@@ -129,9 +128,3 @@ class TorchProducts:
 def route_weights(weight_RK: Tensor, order: ExpertOrder) -> Tensor:
     """[N, 1]: the weight of each sorted route."""
     return weight_RK.reshape(-1).index_select(0, order.route_N).unsqueeze(1)
-
-
-def segment_sum(rows_NW: Tensor, ends_e: Tensor) -> Tensor:
-    """[N, W] -> [e, W]: bias gradients, summed in row order and in the rows' dtype."""
-    lengths = torch.diff(ends_e.long(), prepend=ends_e.new_zeros(1).long(), append=ends_e.new_full((1,), len(rows_NW)))
-    return torch.segment_reduce(rows_NW, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)[:-1]

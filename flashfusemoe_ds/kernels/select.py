@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flashfusemoe_ds.kernels.grouped_gemm import ReferenceGemm, TorchGroupedGemm
 from flashfusemoe_ds.kernels.products import ExpertProducts, TorchProducts
 
-GEMM_BACKENDS = ("grouped_mm", "reference")
+GEMM_BACKENDS = ("triton", "grouped_mm", "reference")
 
 
 def check_gemm_backend(requested: str | None) -> None:
@@ -20,18 +21,70 @@ def check_gemm_backend(requested: str | None) -> None:
         )
 
 
+def why_not_triton(dtype: torch.dtype, device: torch.device) -> str | None:
+    """None if the triton backend runs on rows of this kind, else the reason, in words."""
+    try:
+        # Not at the top: machines without CUDA may lack triton, or have one that does not load.
+        from flashfusemoe_ds.kernels.triton_products import TritonProducts
+    except ImportError as error:
+        return f"triton cannot be imported ({' '.join(str(error).split())})"
+    return TritonProducts.why_not(dtype, device)
+
+
+def why_not_hopper(device: torch.device) -> str | None:
+    """None if the triton backend takes its Hopper kernels on this device, else why it takes the portable ones."""
+    if device.type != "cuda":
+        return f"they run on CUDA, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"they need compute capability 9.0, not {capability[0]}.{capability[1]}"
+    try:
+        import flashfusemoe_ds.kernels.hopper_products  # noqa: F401
+    except ImportError as error:
+        return f"this triton has another Gluon ({' '.join(str(error).split())})"
+    return None
+
+
 def select_products(requested: str | None, x: Tensor, widths: tuple[int, ...], num_experts: int) -> ExpertProducts:
     """The backend for rows like `x` and experts of these widths (D, F, H).
 
-    Left open (None), it is grouped_mm wherever that runs, else reference. Raises ValueError where the requested one
-    cannot run on these operands.
+    None leaves the choice to `fastest_products`. ValueError if the requested one cannot run on these operands.
     """
     check_gemm_backend(requested)
-    if requested == "reference":
-        return TorchProducts(ReferenceGemm())
-    why_not = TorchGroupedGemm.why_not(x.dtype, x.device, widths, num_experts)
-    if why_not is None:
-        return TorchProducts(TorchGroupedGemm())
-    if requested is not None:
-        raise ValueError(f"gemm_backend {requested!r} cannot run here: {why_not}; valid here: 'reference'")
-    return TorchProducts(ReferenceGemm())
+    if requested is None:
+        return fastest_products(x, widths, num_experts)
+    reason = _why_not(requested, x, widths, num_experts)
+    if reason is not None:
+        valid = [repr(name) for name in GEMM_BACKENDS if _why_not(name, x, widths, num_experts) is None]
+        raise ValueError(f"gemm_backend {requested!r} cannot run here: {reason}; valid here: {', '.join(valid)}")
+    return _make(requested, x.device)
+
+
+def fastest_products(x: Tensor, widths: tuple[int, ...], num_experts: int) -> ExpertProducts:
+    """What an omitted gemm_backend stands for.
+
+    On CUDA triton, which was fastest for every product of every shape measured on Hopper (docs/kernels.md); a CPU can
+    only interpret Triton, and does not: grouped_mm there where it runs, else reference.
+    """
+    order = ("triton", "grouped_mm", "reference") if x.is_cuda else ("grouped_mm", "reference")
+    return _make(next(name for name in order if _why_not(name, x, widths, num_experts) is None), x.device)
+
+
+def _why_not(name: str, x: Tensor, widths: tuple[int, ...], num_experts: int) -> str | None:
+    if name == "triton":
+        return why_not_triton(x.dtype, x.device)
+    if name == "grouped_mm":
+        return TorchGroupedGemm.why_not(x.dtype, x.device, widths, num_experts)
+    return None
+
+
+def _make(name: str, device: torch.device) -> ExpertProducts:
+    if name == "triton":
+        if why_not_hopper(device) is None:
+            from flashfusemoe_ds.kernels.hopper_products import HopperProducts
+
+            return HopperProducts.on(device)
+        from flashfusemoe_ds.kernels.triton_products import TritonProducts
+
+        return TritonProducts.on(device)
+    return TorchProducts(TorchGroupedGemm() if name == "grouped_mm" else ReferenceGemm())

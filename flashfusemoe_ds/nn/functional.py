@@ -10,7 +10,7 @@ from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.select import select_products
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden
 from flashfusemoe_ds.nn.experts import under_autocast
-from flashfusemoe_ds.nn.router import Gating, get_gating, route_with_losses, router_logits
+from flashfusemoe_ds.nn.router import Gating, gate_and_route, get_gating
 
 
 def fused_moe(
@@ -58,9 +58,9 @@ def fused_moe(
             f"w_up is {tuple(w_up.shape)} and w_down {tuple(w_down.shape)}; with activation {activation!r} and "
             f"gate_weight {tuple(gate_weight.shape)} they must be [E, {'2F' if act.gated else 'F'}, D] and [E, D, F]"
         )
-    logits_TE = router_logits(hidden_states.reshape(-1, d_model), gate_weight)
-    routing = route_with_losses(logits_TE, variant, top_k, aux_loss_coeff, z_loss_coeff)
-    x_TD, w_up, w_down = under_autocast(hidden_states.reshape(-1, d_model), w_up, w_down)
+    x_TD = hidden_states.reshape(-1, d_model)
+    routing = gate_and_route(x_TD, gate_weight, variant, top_k, aux_loss_coeff, z_loss_coeff)
+    x_TD, w_up, w_down = under_autocast(x_TD, w_up, w_down)
     if w_up.dtype != x_TD.dtype or w_down.dtype != x_TD.dtype:
         raise ValueError(
             f"hidden_states is {x_TD.dtype}, w_up {w_up.dtype} and w_down {w_down.dtype}; they must agree"

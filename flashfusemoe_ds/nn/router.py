@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,9 @@ from torch.nn import functional as F
 
 from flashfusemoe_ds.nn.losses import balanced_bias, load_balancing_loss, router_z_loss
 from flashfusemoe_ds.types import Routing
+
+if TYPE_CHECKING:
+    from flashfusemoe_ds.kernels.routing import Rule
 
 SCORES = ("softmax", "sigmoid")
 ORDERS = ("before_topk", "after_topk")
@@ -169,6 +174,12 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype | None = N
         return _RouterLogits.apply(x_TD, weight_ED, dtype)
 
 
+def count_routes(idx_TK: Tensor, num_experts: int) -> Tensor:
+    """int64 [E]: how often each expert was chosen. Takes no -1."""
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=idx_TK.device)
+    return counts_E.scatter_add_(0, idx_TK.reshape(-1), torch.ones_like(idx_TK).reshape(-1))
+
+
 def route_with_losses(
     logits_TE: Tensor,
     gating: Gating,
@@ -179,14 +190,79 @@ def route_with_losses(
 ) -> Routing:
     """Logits -> Routing, with each loss whose coefficient is positive."""
     idx_TK, weight_TK, probs_TE = route(logits_TE, gating, top_k, bias_E)
-    counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int64, device=idx_TK.device)
-    counts_E.scatter_add_(0, idx_TK.reshape(-1), torch.ones_like(idx_TK).reshape(-1))
+    counts_E = count_routes(idx_TK, logits_TE.shape[1])
     losses: dict[str, Tensor] = {}
     if aux_loss_coeff > 0:
         losses["aux_loss"] = aux_loss_coeff * load_balancing_loss(probs_TE, counts_E, top_k)
     if z_loss_coeff > 0:
         losses["z_loss"] = z_loss_coeff * router_z_loss(logits_TE)
     return Routing(idx_TK, weight_TK, counts_E, losses)
+
+
+def gate_and_route(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    gating: Gating,
+    top_k: int,
+    aux_loss_coeff: float,
+    z_loss_coeff: float,
+    bias_E: Tensor | None = None,
+    count: bool = False,
+) -> Routing:
+    """`router_logits` and `route_with_losses` in one: by fused kernels on CUDA, by these two elsewhere.
+
+    Args:
+        count: the counts will be read, so let them come with the losses and not from launches of their own.
+    """
+    if x_TD.is_cuda:
+        from flashfusemoe_ds.kernels import routing  # not at the top: machines without CUDA may lack triton
+
+        if routing.covers(x_TD, weight_ED, top_k):
+            return route_fused(x_TD, weight_ED, gating, top_k, aux_loss_coeff, z_loss_coeff, bias_E, count)
+    logits_TE = router_logits(x_TD, weight_ED)
+    return route_with_losses(logits_TE, gating, top_k, aux_loss_coeff, z_loss_coeff, bias_E)
+
+
+def route_fused(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    gating: Gating,
+    top_k: int,
+    aux_loss_coeff: float,
+    z_loss_coeff: float,
+    bias_E: Tensor | None = None,
+    count: bool = False,
+) -> Routing:
+    """`gate_and_route` by the fused kernels."""
+    from flashfusemoe_ds.kernels import routing
+
+    rule = fused_rule(gating, top_k)
+    idx_TK, weight_TK, counts_E, aux_loss, z_loss = routing.route(
+        x_TD, weight_ED, rule, aux_loss_coeff, z_loss_coeff, bias_E, count
+    )
+    losses = {"aux_loss": aux_loss, "z_loss": z_loss}
+    return Routing(
+        idx_TK,
+        weight_TK,
+        partial(count_routes, idx_TK, weight_ED.shape[0]) if counts_E is None else counts_E,
+        {name: loss for name, loss in losses.items() if loss is not None},
+    )
+
+
+def fused_rule(gating: Gating, top_k: int) -> Rule:
+    """The gating as the kernels take it."""
+    from flashfusemoe_ds.kernels.routing import Rule
+
+    return Rule(
+        top_k=top_k,
+        softmax=gating.score == "softmax",
+        after_topk=gating.order == "after_topk",
+        renormalize=gating.renormalize,
+        scaling_factor=float(gating.scaling_factor),
+        num_groups=gating.num_groups,
+        top_groups=gating.top_groups,
+        top2_sum=gating.group_score == "top2_sum",
+    )
 
 
 class Router(nn.Module):
@@ -227,9 +303,11 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         bias_E = self.expert_bias if self.gating.expert_bias else None
-        logits_TE = router_logits(x_TD, self.weight)
-        routing = route_with_losses(logits_TE, self.gating, self.top_k, self.aux_loss_coeff, self.z_loss_coeff, bias_E)
-        if self.gating.expert_bias and self.training:
+        counting = self.gating.expert_bias and self.training
+        routing = gate_and_route(
+            x_TD, self.weight, self.gating, self.top_k, self.aux_loss_coeff, self.z_loss_coeff, bias_E, counting
+        )
+        if counting:
             # A recomputed forward counts twice; the sign in the update rule does not see a common factor.
             self.routed_counts += routing.counts_E
         return routing

@@ -157,7 +157,9 @@ def test_kept_for_backward_is_x_and_h_alone(recompute: bool) -> None:
         experts(x, idx, w, up, down, ACTIVATIONS["swiglu"], GROUPED_MM, recompute=recompute)
     for weight in (up, down):
         del kept[weight.untyped_storage().data_ptr()]
-    routing = rows * top_k * (4 + 8)  # float32 weights and int64 ids
+    order = sort_by_expert(idx, 4, idx.numel())
+    routing = rows * top_k * 4 + sum(t.nbytes for t in order.tensors())
+    assert sum(t.nbytes for t in order.tensors()) <= 12 * rows * top_k + 256
     h = 0 if recompute else rows * top_k * 2 * inner * 4
     assert sum(kept.values()) == rows * width * 4 + h + routing
 

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Results as a Markdown table, and several runs as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+FORMAT = 1
+COLUMNS = (
+    "layer", "fwd ms", "fwd+bwd ms", "min to max", "TFLOP/s", "x floor", "floor ms", "kept MiB", "peak MiB",
+    "launches fwd, bwd", "host ms", "error out, dx",
+)  # fmt: skip
+LEGEND = (
+    "Medians over rounds; each round has a new random input. TFLOP/s and x floor are of fwd+bwd. Floor: the experts' "
+    "products as dense matrix products of cuBLAS in the same process. Kept: allocated after the forward. Peak: most "
+    "allocated during a step above weights and input. Host: until a step is issued. Error: relative, against a wider "
+    "reference."
+)
+
+
+def load_runs(paths: list[Path]) -> list[dict[str, Any]]:
+    """The runs in these JSON files. ValueError names a file that this program did not write."""
+    runs = []
+    for path in paths:
+        try:
+            run = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from error
+        if not isinstance(run, dict) or run.get("format") != FORMAT or "results" not in run:
+            raise ValueError(f"{path}: is not a result of this benchmark")
+        runs.append(run)
+    return runs
+
+
+def merge_results(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of all runs, those of one shape, routing and dtype together. A row keeps the floor of its own run; of a
+    layer that several runs have, the last one that was measured stays."""
+    merged: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for result in run["results"]:
+            rows = {row["key"]: {**row, "floor_ms": row.get("floor_ms", floor_ms(result))} for row in result["layers"]}
+            key = json.dumps([result["shape"], result["routing"], result["dtype"]])
+            if key not in merged:
+                merged[key] = {**result, "layers": list(rows.values())}
+                continue
+            known = {row["key"]: row for row in merged[key]["layers"]}
+            known.update({k: row for k, row in rows.items() if row["step_ms"] or k not in known})
+            merged[key]["layers"] = list(known.values())
+    return list(merged.values())
+
+
+def floor_ms(result: dict[str, Any]) -> float | None:
+    samples = result["floor"]["step_ms"]
+    return median(samples) if samples else None
+
+
+def x_floor(result: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """Time of a step over the dense floor's in the same run."""
+    floor = row.get("floor_ms", floor_ms(result))
+    return median(row["step_ms"]) / floor if row["step_ms"] and floor else None
+
+
+def _cells(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    def number(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    def mebibytes(value: int | None) -> str:
+        return "" if value is None else f"{value / 2**20:.1f}" if value < 2**24 else f"{value / 2**20:.0f}"
+
+    title = f"**{row['title']}**" if row["ours"] else row["title"]
+    if row["status"] == "wrong":
+        title += " WRONG"
+    step = median(row["step_ms"])
+    launches = (row["launches_forward"], row["launches_backward"])
+    errors = (row["error_output"], row["error_input_grad"])
+    return [
+        title,
+        number(median(row["forward_ms"]), 3),
+        number(step, 3),
+        f"{min(row['step_ms']):.3f} to {max(row['step_ms']):.3f}",
+        number(result["step_flops"] / step / 1e9, 0 if result["step_flops"] > 1e10 else 3),
+        number(x_floor(result, row), 2),
+        number(row.get("floor_ms", floor_ms(result)), 3),
+        mebibytes(row["kept_bytes"]),
+        mebibytes(row["peak_bytes"]),
+        "" if None in launches else f"{launches[0]}, {launches[1]}",
+        number(median(row["host_ms"]) if row["host_ms"] else None, 3),
+        "" if None in errors else f"{errors[0]:.1e}, {errors[1]:.1e}",
+    ]
+
+
+def table(result: dict[str, Any]) -> str:
+    """One shape's Markdown: heading, table, and a line for every layer that has a note or no numbers."""
+    shape = result["shape"]
+    sizes = ", ".join(f"{name}={shape[name]}" for name in "TDFEK")
+    lines = [
+        f"### {shape['name']} ({sizes}), {result['routing']} routing, {result['dtype']}",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    measured = [row for row in result["layers"] if row["step_ms"]]
+    lines += ["| " + " | ".join(_cells(result, row)) + " |" for row in measured]
+    remarks = [(row["title"], row["note"]) for row in measured if row["note"]]
+    remarks += [
+        (row["title"], f"{row['status']}: {row['reason']}") for row in result["layers"] if row["status"] != "ok"
+    ]
+    lines += [""] * bool(remarks) + [f"- {title}: {text}" for title, text in remarks]
+    return "\n".join(lines)
+
+
+def heading(run: dict[str, Any]) -> str:
+    """One line on where and when."""
+    machine = run["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    commit = f", commit {machine['commit'][:12]}" if machine["commit"] else ""
+    return f"{machine['device']}{driver}; {versions}{commit}; {run['date']}\n\n    {run['command']}"
+
+
+def document(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> str:
+    parts = [*map(heading, runs), LEGEND, *map(table, results)]
+    return "\n\n".join(parts) + "\n"

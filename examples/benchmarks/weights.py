@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One set of weights for all layers of a comparison, in the layouts that they want.
+
+Layers with the same layout share memory: DeepSeek-V3's experts are 21 GiB, and a dozen copies fit nowhere.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from routing import make_gate
+from shapes import Shape
+from torch import Tensor, nn
+
+
+def leaf(tensor: Tensor) -> nn.Parameter:
+    """A parameter over the same memory, with a gradient of its own."""
+    return nn.Parameter(tensor.detach())
+
+
+class Weights:
+    """gate [E, D], gate_up [E, 2F, D] with gate rows above up rows, down [E, D, F]; entries of variance 1 / fan-in."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> None:
+        def normal(*size: int) -> Tensor:
+            empty = torch.empty(size, dtype=dtype, device=generator.device)
+            return empty.normal_(std=size[-1] ** -0.5, generator=generator)
+
+        self.gate = make_gate(shape, dtype, generator)
+        self.gate_up = normal(shape.E, 2 * shape.F, shape.D)
+        self.down = normal(shape.E, shape.D, shape.F)
+
+    @cached_property
+    def separate(self) -> tuple[Tensor, Tensor]:
+        """gate and up [E, F, D] each, contiguous: AutoEP's w1 and w3."""
+        gate, up = self.gate_up.chunk(2, dim=1)
+        return gate.contiguous(), up.contiguous()
+
+    @cached_property
+    def interleaved(self) -> Tensor:
+        """[E, 2F, D], gate and up rows in turn: SonicMoE's."""
+        E, H, D = self.gate_up.shape
+        return self.gate_up.view(E, 2, H // 2, D).transpose(1, 2).reshape(E, H, D)

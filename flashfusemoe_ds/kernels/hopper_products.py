@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""`HopperProducts`: the experts' six products on H100 and H200, in warp-specialised Gluon.
+
+The kernels are in hopper_rows.py and hopper_weights.py; this file makes their TMA descriptors and launches them. What
+they do not take (float32, widths that are not multiples of 8) goes to `TritonProducts`, which this class extends.
+Operands, results and rounding are those of `TritonProducts`, so either may compute any product of one step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from flashfusemoe_ds.kernels import hopper_rows, hopper_weights
+from flashfusemoe_ds.kernels.activation import Activation
+from flashfusemoe_ds.kernels.hopper_pipeline import BLOCK_K, BLOCK_M, BLOCK_N, SWIZZLED
+from flashfusemoe_ds.kernels.order import ExpertOrder
+from flashfusemoe_ds.kernels.triton_curves import CURVE_OF
+from flashfusemoe_ds.kernels.triton_products import TritonProducts, launch
+
+_TALL = [BLOCK_M.value, BLOCK_K.value]  # rows along the summed dimension
+_FLAT = [BLOCK_K.value, BLOCK_N.value]  # the summed dimension down the rows
+_TILE_N = 2 * BLOCK_N.value
+
+
+def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """Of a contiguous tensor as a matrix of its last dimension."""
+    matrix = tensor.view(-1, tensor.shape[-1])
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, SWIZZLED.value)
+
+
+@dataclass(frozen=True)
+class HopperProducts(TritonProducts):
+    """The six products on compute capability 9.0; see ExpertProducts for what each returns."""
+
+    @staticmethod
+    def takes(*tensors: Tensor) -> bool:
+        """Whether TMA can address them: 16-bit, rows of a multiple of 16 bytes, an aligned and whole allocation."""
+        return all(
+            t.dtype in (torch.bfloat16, torch.float16)
+            and t.shape[-1] % 8 == 0
+            and t.numel() > 0
+            and t.is_contiguous()
+            and t.data_ptr() % 16 == 0
+            for t in tensors
+        )
+
+    def _grid(self, most: int) -> tuple[int]:
+        return (min(self.num_sms, most),)
+
+    def up(
+        self,
+        x_RD: Tensor,
+        order: ExpertOrder,
+        w_up_eHD: Tensor,
+        b_up_eH: Tensor | None,
+        weight_RK: Tensor,
+        activation: Activation,
+    ) -> tuple[Tensor, Tensor]:
+        _, up_width, d = w_up_eHD.shape
+        f = up_width // 2 if activation.gated else up_width
+        if f % 8 or not order.num_routes or not self.takes(x_RD, w_up_eHD):
+            return super().up(x_RD, order, w_up_eHD, b_up_eH, weight_RK, activation)
+        h_NH, a_NF = x_RD.new_empty(order.num_routes, up_width), x_RD.new_empty(order.num_routes, f)
+        column_tiles = triton.cdiv(f, BLOCK_N.value if activation.gated else _TILE_N)
+        launch(
+            hopper_rows.rows_kernel,
+            self._grid(order.max_tiles * column_tiles),
+            x_RD,
+            _descriptor(w_up_eHD, _TALL),
+            x_RD if b_up_eH is None else b_up_eH.contiguous(),
+            weight_RK.reshape(-1),
+            order.row_N,
+            order.route_N,
+            order.tiles_M4,
+            order.num_tiles_1,
+            a_NF,
+            h_NH,
+            column_tiles,
+            d,
+            f,
+            up_width,
+            GATHER=True,
+            W_TRANSPOSED=True,
+            ACTIVATE=True,
+            PAIRED=activation.gated,
+            CURVE=CURVE_OF[activation.name],
+            BIAS=b_up_eH is not None,
+            EVEN_K=d % BLOCK_K.value == 0,
+            num_warps=4,
+        )
+        return h_NH, a_NF
+
+    def down(
+        self,
+        a_NF: Tensor,
+        order: ExpertOrder,
+        w_down_eDF: Tensor,
+        b_down_eD: Tensor | None,
+        weight_RK: Tensor,
+    ) -> Tensor:
+        if w_down_eDF.shape[1] % 8 or not self.takes(a_NF, w_down_eDF):
+            return super().down(a_NF, order, w_down_eDF, b_down_eD, weight_RK)
+        return self._project_rows(a_NF, order, w_down_eDF, b_down_eD, weight_RK, transposed=True)
+
+    def dx(self, dh_NH: Tensor, order: ExpertOrder, w_up_eHD: Tensor) -> Tensor:
+        if not self.takes(dh_NH, w_up_eHD):
+            return super().dx(dh_NH, order, w_up_eHD)
+        return self._project_rows(dh_NH, order, w_up_eHD, None, None, transposed=False)
+
+    def _project_rows(
+        self,
+        rows_NK: Tensor,
+        order: ExpertOrder,
+        w: Tensor,
+        bias: Tensor | None,
+        weight_RK: Tensor | None,
+        *,
+        transposed: bool,
+    ) -> Tensor:
+        """[N, K] -> [N, W], W being w's second dimension if transposed and its third if not."""
+        width = w.shape[1] if transposed else w.shape[2]
+        out = rows_NK.new_empty(order.num_routes, width)
+        column_tiles = triton.cdiv(width, _TILE_N)
+        launch(
+            hopper_rows.rows_kernel,
+            self._grid(order.max_tiles * column_tiles),
+            _descriptor(rows_NK, _TALL),
+            _descriptor(w, _TALL if transposed else _FLAT),
+            rows_NK if bias is None else bias.contiguous(),
+            rows_NK if bias is None else weight_RK.reshape(-1),
+            order.row_N,
+            order.route_N,
+            order.tiles_M4,
+            order.num_tiles_1,
+            out,
+            out,
+            column_tiles,
+            rows_NK.shape[1],
+            width,
+            w.shape[1],
+            GATHER=False,
+            W_TRANSPOSED=transposed,
+            ACTIVATE=False,
+            PAIRED=False,
+            CURVE="",
+            BIAS=bias is not None,
+            EVEN_K=True,
+            num_warps=4,
+        )
+        return out
+
+    def dgated(
+        self,
+        dout_RD: Tensor,
+        order: ExpertOrder,
+        w_down_eDF: Tensor,
+        b_down_eD: Tensor | None,
+        h_NH: Tensor,
+        weight_RK: Tensor,
+        activation: Activation,
+        *,
+        overwrite_h: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, d, f = w_down_eDF.shape
+        if d % 8 or not self.takes(dout_RD, w_down_eDF, h_NH):
+            return super().dgated(
+                dout_RD, order, w_down_eDF, b_down_eD, h_NH, weight_RK, activation, overwrite_h=overwrite_h
+            )
+        dh_NH = h_NH if overwrite_h else torch.empty_like(h_NH)
+        a_NF = h_NH.new_empty(order.num_routes, f)
+        column_tiles = triton.cdiv(f, _TILE_N)
+        ds_PN = h_NH.new_empty(column_tiles + (b_down_eD is not None), order.num_routes, dtype=torch.float32)
+        launch(
+            hopper_rows.dgated_kernel,
+            self._grid(order.max_tiles * column_tiles),
+            dout_RD,
+            _descriptor(w_down_eDF, _FLAT),
+            weight_RK.reshape(-1),
+            order.row_N,
+            order.route_N,
+            order.tiles_M4,
+            order.num_tiles_1,
+            h_NH,
+            dh_NH,
+            a_NF,
+            ds_PN,
+            order.num_routes,
+            column_tiles,
+            d,
+            f,
+            CURVE=CURVE_OF[activation.name],
+            GATED=activation.gated,
+            EVEN_K=d % BLOCK_K.value == 0,
+            num_warps=4,
+        )
+        if b_down_eD is not None:
+            self._bias_dot(dout_RD, order, b_down_eD, ds_PN[column_tiles])
+        return dh_NH, a_NF, ds_PN
+
+    def dw_down(self, dout_RD: Tensor, order: ExpertOrder, a_NF: Tensor) -> Tensor:
+        if not self.takes(dout_RD, a_NF):
+            return super().dw_down(dout_RD, order, a_NF)
+        return self._sum_outer(dout_RD, a_NF, order, gather_left=True)
+
+    def dw_up(self, dh_NH: Tensor, order: ExpertOrder, x_RD: Tensor) -> Tensor:
+        if not self.takes(dh_NH, x_RD):
+            return super().dw_up(dh_NH, order, x_RD)
+        return self._sum_outer(dh_NH, x_RD, order, gather_left=False)
+
+    def _sum_outer(self, left: Tensor, right: Tensor, order: ExpertOrder, *, gather_left: bool) -> Tensor:
+        num_experts, m, n = order.ends_e.numel(), left.shape[1], right.shape[1]
+        out_eMN = left.new_empty(num_experts, m, n)
+        m_tiles, n_tiles = triton.cdiv(m, BLOCK_M.value), triton.cdiv(n, _TILE_N)
+        sorted_desc = _descriptor(right if gather_left else left, _FLAT)
+        launch(
+            hopper_weights.weight_grad_kernel,
+            self._grid(num_experts * m_tiles * n_tiles),
+            left,
+            sorted_desc,
+            right,
+            sorted_desc,
+            order.row_N,
+            order.by_size_e3,
+            out_eMN,
+            num_experts * m_tiles * n_tiles,
+            m_tiles,
+            n_tiles,
+            m,
+            n,
+            GATHER_LEFT=gather_left,
+            num_warps=4,
+        )
+        return out_eMN
