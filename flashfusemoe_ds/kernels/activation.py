@@ -15,12 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Elementwise arithmetic runs in float32 for 16-bit tensors and in the tensor's own precision otherwise."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
 Derivative = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.gather_sum import gather_partials, gather_sum, gather_sum_and_partials
 from flashfusemoe_ds.kernels.order import ExpertOrder, sort_by_expert
+from flashfusemoe_ds.kernels.precision import without_autocast
 from flashfusemoe_ds.kernels.products import ExpertProducts
 from flashfusemoe_ds.kernels.segment_sum import segment_sum
 
@@ -40,7 +41,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout_RD):
         # A backward may be called inside autocast, which would cast the products below.
-        with torch.autocast(dout_RD.device.type, enabled=False):
+        with without_autocast(dout_RD.device.type):
             return _Experts._backward(ctx, dout_RD)
 
     @staticmethod

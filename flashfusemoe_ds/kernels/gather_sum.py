@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashfusemoe_ds.kernels.activation import compute_dtype
+from flashfusemoe_ds.kernels.precision import compute_dtype
 
 
 def gather_sum(y_ND: Tensor, pos_RK: Tensor, extra_RD: Tensor | None = None) -> Tensor:

@@ -13,24 +13,24 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashfusemoe_ds.kernels import hopper_rows, hopper_weights
 from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.hopper_pipeline import BLOCK_K, BLOCK_M, BLOCK_N, SWIZZLED
+from flashfusemoe_ds.kernels.launch import Descriptor, launch
 from flashfusemoe_ds.kernels.order import ExpertOrder
 from flashfusemoe_ds.kernels.triton_curves import CURVE_OF
-from flashfusemoe_ds.kernels.triton_products import TritonProducts, launch
+from flashfusemoe_ds.kernels.triton_products import TritonProducts
 
-_TALL = [BLOCK_M.value, BLOCK_K.value]  # rows along the summed dimension
-_FLAT = [BLOCK_K.value, BLOCK_N.value]  # the summed dimension down the rows
+_TALL = (BLOCK_M.value, BLOCK_K.value)  # rows along the summed dimension
+_FLAT = (BLOCK_K.value, BLOCK_N.value)  # the summed dimension down the rows
 _TILE_N = 2 * BLOCK_N.value
 
 
-def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+def _descriptor(tensor: Tensor, block: tuple[int, int]) -> Descriptor:
     """Of a contiguous tensor as a matrix of its last dimension."""
-    matrix = tensor.view(-1, tensor.shape[-1])
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, SWIZZLED.value)
+    width = tensor.shape[-1]
+    return Descriptor(tensor, (tensor.numel() // width, width), (width, 1), block, SWIZZLED.value)
 
 
 @dataclass(frozen=True)

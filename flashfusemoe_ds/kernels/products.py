@@ -20,9 +20,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from flashfusemoe_ds.kernels.activation import Activation, compute_dtype
+from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.grouped_gemm import GroupedGemm
 from flashfusemoe_ds.kernels.order import ExpertOrder
+from flashfusemoe_ds.kernels.precision import compute_dtype
 
 
 class ExpertProducts(Protocol):

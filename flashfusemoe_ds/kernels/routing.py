@@ -24,6 +24,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flashfusemoe_ds.kernels.launch import launch
+from flashfusemoe_ds.kernels.precision import without_autocast
+
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 # Logits in a program's registers at a time. The kernels hold a handful of tensors of this size: at 1024 that is some
 # 64 registers, at 2048 up to 212, and the backward spills.
@@ -307,8 +310,14 @@ def gate_product(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, bool]:
         weight_ED = weight_ED.contiguous()
         parts = torch.empty(3 * weight_ED.shape[0], weight_ED.shape[1], dtype=torch.bfloat16, device=weight_ED.device)
         numel = weight_ED.numel()
-        _split_weight_kernel[(triton.cdiv(numel, COPY_BLOCK),)](
-            weight_ED, parts, numel, BLOCK=COPY_BLOCK, num_warps=NUM_WARPS
+        launch(
+            _split_weight_kernel,
+            (triton.cdiv(numel, COPY_BLOCK),),
+            weight_ED,
+            parts,
+            numel,
+            BLOCK=COPY_BLOCK,
+            num_warps=NUM_WARPS,
         )
         return _mm32(x_TD, parts.T), True
     return x_TD.float() @ weight_ED.float().T, False
@@ -360,7 +369,9 @@ def choose(
     z_B = empty(programs) if sum_z else logits_TE
     counts_BE = empty(programs, num_experts, dtype=torch.int32) if count else idx_TK
     if programs:
-        _choose_kernel[(programs,)](
+        launch(
+            _choose_kernel,
+            (programs,),
             product,
             logits_TE,
             product if bias_E is None else bias_E,
@@ -394,7 +405,9 @@ def choose(
     counts_E = empty(num_experts, dtype=torch.int64) if count else None
     aux_loss = empty() if sum_probs else None
     z_loss = empty() if sum_z else None
-    _finish_kernel[(1,)](
+    launch(
+        _finish_kernel,
+        (1,),
         probs_BE,
         z_B,
         counts_BE,
@@ -588,7 +601,9 @@ def gate_gradients(
         stacked = torch.empty((parts - 1) * num_experts, gate_ED.shape[1], dtype=dtype, device=x_TD.device)
         copy_programs = triton.cdiv(gate_ED.numel(), COPY_BLOCK)
     tile = _tile(num_experts)
-    _dlogits_kernel[(copy_programs + triton.cdiv(num_tokens, tile["TOKENS"]),)](
+    launch(
+        _dlogits_kernel,
+        (copy_programs + triton.cdiv(num_tokens, tile["TOKENS"]),),
         logits_TE,
         idx_TK,
         logits_TE if dweight_TK is None else dweight_TK.contiguous(),
@@ -628,8 +643,14 @@ def gate_gradients(
         dx = _mm16(dlogits[:, num_experts:], stacked)
     if need_gate:
         dgate = torch.empty_like(gate_ED)
-        _add_parts_kernel[(triton.cdiv(dgate.numel(), COPY_BLOCK),)](
-            _mm32(dlogits[:, : 3 * num_experts].T, x_TD), dgate, dgate.numel(), BLOCK=COPY_BLOCK, num_warps=NUM_WARPS
+        launch(
+            _add_parts_kernel,
+            (triton.cdiv(dgate.numel(), COPY_BLOCK),),
+            _mm32(dlogits[:, : 3 * num_experts].T, x_TD),
+            dgate,
+            dgate.numel(),
+            BLOCK=COPY_BLOCK,
+            num_warps=NUM_WARPS,
         )
     return dx, dgate
 
@@ -663,7 +684,7 @@ class _Route(torch.autograd.Function):
         if dweight_TK is None and daux is None and dz is None:
             return (None,) * 7
         # A backward may be called inside autocast, which would cast the products.
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device.type):
             dx, dgate = gate_gradients(
                 x_TD, gate_ED, logits_TE, idx_TK, counts_E, dweight_TK, daux, dz, ctx.rule, *ctx.coeffs,
                 need_x=ctx.needs_input_grad[0], need_gate=ctx.needs_input_grad[1],
@@ -704,5 +725,5 @@ def route(
         idx_TK int64; weight_TK float32; counts_E int64 [E], routes per expert, or None; the auxiliary and the z-loss,
         float32 scalars, or None. Of equal scores the lower expert wins; a NaN counts as the largest.
     """
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with without_autocast(x_TD.device.type):
         return _Route.apply(x_TD, gate_ED, bias_E, rule, aux_loss_coeff, z_loss_coeff, count)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashfusemoe_ds.kernels.activation import compute_dtype
 from flashfusemoe_ds.kernels.order import ExpertOrder
+from flashfusemoe_ds.kernels.precision import compute_dtype
 
 
 def segment_sum(rows: Tensor, order: ExpertOrder, dtype: torch.dtype, weight_RK: Tensor | None = None) -> Tensor:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -50,31 +52,43 @@ def select_products(requested: str | None, x: Tensor, widths: tuple[int, ...], n
 
     None leaves the choice to `fastest_products`. ValueError if the requested one cannot run on these operands.
     """
+    return _select(requested, x.dtype, x.device, widths, num_experts)
+
+
+@functools.lru_cache(maxsize=1024)  # every layer asks twice a step, and gets what the first one got
+def _select(
+    requested: str | None, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], num_experts: int
+) -> ExpertProducts:
     check_gemm_backend(requested)
+    operands = (dtype, device, widths, num_experts)
     if requested is None:
-        return fastest_products(x, widths, num_experts)
-    reason = _why_not(requested, x, widths, num_experts)
+        return fastest_products(*operands)
+    reason = _why_not(requested, *operands)
     if reason is not None:
-        valid = [repr(name) for name in GEMM_BACKENDS if _why_not(name, x, widths, num_experts) is None]
+        valid = [repr(name) for name in GEMM_BACKENDS if _why_not(name, *operands) is None]
         raise ValueError(f"gemm_backend {requested!r} cannot run here: {reason}; valid here: {', '.join(valid)}")
-    return _make(requested, x.device)
+    return _make(requested, device)
 
 
-def fastest_products(x: Tensor, widths: tuple[int, ...], num_experts: int) -> ExpertProducts:
+def fastest_products(
+    dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], num_experts: int
+) -> ExpertProducts:
     """What an omitted gemm_backend stands for.
 
     On CUDA triton, which was fastest for every product of every shape measured on Hopper (docs/kernels.md); a CPU can
     only interpret Triton, and does not: grouped_mm there where it runs, else reference.
     """
-    order = ("triton", "grouped_mm", "reference") if x.is_cuda else ("grouped_mm", "reference")
-    return _make(next(name for name in order if _why_not(name, x, widths, num_experts) is None), x.device)
+    order = ("triton", "grouped_mm", "reference") if device.type == "cuda" else ("grouped_mm", "reference")
+    return _make(next(name for name in order if _why_not(name, dtype, device, widths, num_experts) is None), device)
 
 
-def _why_not(name: str, x: Tensor, widths: tuple[int, ...], num_experts: int) -> str | None:
+def _why_not(
+    name: str, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], num_experts: int
+) -> str | None:
     if name == "triton":
-        return why_not_triton(x.dtype, x.device)
+        return why_not_triton(dtype, device)
     if name == "grouped_mm":
-        return TorchGroupedGemm.why_not(x.dtype, x.device, widths, num_experts)
+        return TorchGroupedGemm.why_not(dtype, device, widths, num_experts)
     return None
 
 

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashfusemoe_ds.kernels.activation import compute_dtype
+from flashfusemoe_ds.kernels.launch import launch
+from flashfusemoe_ds.kernels.precision import compute_dtype
 
 NUM_WARPS = 4
 ROUTES_PER_PROGRAM = 256  # of the programs that add up partial gradients
@@ -132,7 +133,9 @@ def gather_sum(
     block_d = min((widest, widest // 2, widest // 4), key=lambda strip: triton.cdiv(width, strip) * strip)
     block_r = elements // block_d
     programs = partial_programs + triton.cdiv(num_rows, block_r) * triton.cdiv(width, block_d)
-    _gather_sum_kernel[(programs,)](
+    launch(
+        _gather_sum_kernel,
+        (programs,),
         y_ND,
         pos_RK,
         out_RD if extra_RD is None else extra_RD,

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashfusemoe_ds.kernels.launch import launch
+
 MAX_BLOCKS = 128
 COUNT_CHUNK = 1024  # routes that the count takes at a time
 SCATTER_CHUNK = 128  # routes that the scatter ranks among themselves, by comparing all pairs
@@ -232,10 +234,21 @@ def sort_routes(
         ints(num_routes), ints(num_routes), ints(*idx_RK.shape), ints(num_experts), ints(1),
         ints(max_tiles, 4), ints(num_experts, 3),
     )  # fmt: skip
-    _count_kernel[(num_blocks,)](
-        idx_RK, counts_BE, num_entries, per_block, NUM_EXPERTS=num_experts, BINS=bins, CHUNK=COUNT_CHUNK, num_warps=4
+    launch(
+        _count_kernel,
+        (num_blocks,),
+        idx_RK,
+        counts_BE,
+        num_entries,
+        per_block,
+        NUM_EXPERTS=num_experts,
+        BINS=bins,
+        CHUNK=COUNT_CHUNK,
+        num_warps=4,
     )
-    _scatter_kernel[(parts + num_blocks,)](
+    launch(
+        _scatter_kernel,
+        (parts + num_blocks,),
         idx_RK,
         counts_BE,
         *fields,

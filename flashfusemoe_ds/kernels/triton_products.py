@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashfusemoe_ds.kernels import triton_rows, triton_weights
 from flashfusemoe_ds.kernels.activation import Activation
+from flashfusemoe_ds.kernels.launch import Descriptor, launch
 from flashfusemoe_ds.kernels.order import TILE_ROWS, ExpertOrder
 from flashfusemoe_ds.kernels.triton_curves import CURVE_OF
 
@@ -123,27 +122,15 @@ def interpreted() -> bool:
     return not isinstance(triton_rows.up_kernel, triton.runtime.JITFunction)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """One launch on the device of the result, whichever is current; nothing where the grid is empty."""
-    if 0 in grid:
-        return
-    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
-        kernel[grid](*args, **options)
-
-
-def _operands(
-    use_tma: bool, *operands: tuple[Tensor, tuple[int, ...]]
-) -> tuple[bool, list[Tensor | TensorDescriptor]]:
+def _operands(use_tma: bool, *operands: tuple[Tensor, tuple[int, ...]]) -> tuple[bool, list[Tensor | Descriptor]]:
     """Whether TMA can read all of (tensor, block) and was asked to, and the tensors or else their descriptors."""
     tensors = [t.contiguous() for t, _ in operands]
     # What the hardware asks of a base address and of every stride but the last.
     use_tma = use_tma and all(t.data_ptr() % 16 == 0 and t.shape[-1] * t.itemsize % 16 == 0 for t in tensors)
     if not use_tma:
         return False, tensors
-    blocks = [list(block) for _, block in operands]
-    return True, [
-        TensorDescriptor(t, list(t.shape), list(t.stride()), b) for t, b in zip(tensors, blocks, strict=True)
-    ]
+    blocks = [block for _, block in operands]
+    return True, [Descriptor(t, tuple(t.shape), t.stride(), block) for t, block in zip(tensors, blocks, strict=True)]
 
 
 def _row_options(tiles: Tiles) -> dict[str, int]:

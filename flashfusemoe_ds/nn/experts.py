@@ -11,10 +11,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flashfusemoe_ds.kernels.activation import compute_dtype, get_activation
+from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.gather_sum import gather_sum
 from flashfusemoe_ds.kernels.order import sort_by_expert
+from flashfusemoe_ds.kernels.precision import compute_dtype, without_autocast
 from flashfusemoe_ds.kernels.products import ExpertProducts
 from flashfusemoe_ds.kernels.select import check_gemm_backend, select_products
 from flashfusemoe_ds.types import Dispatched
@@ -110,7 +111,7 @@ class GroupedExperts(nn.Module):
         up, down, up_bias, down_bias = under_autocast(
             getattr(self, self.up_name), self.down_proj, getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
         )
-        with torch.autocast(x_RD.device.type, enabled=False):
+        with without_autocast(x_RD.device.type):
             return experts(
                 x_RD,
                 sent.idx_RK,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from flashfusemoe_ds.kernels.precision import without_autocast
 from flashfusemoe_ds.nn.losses import balanced_bias, load_balancing_loss, router_z_loss
 from flashfusemoe_ds.types import Routing
 
@@ -158,7 +159,7 @@ class _RouterLogits(torch.autograd.Function):
         x_TD, weight_ED = ctx.saved_tensors
         dtype = dlogits_TE.dtype
         dx = dweight = None
-        with torch.autocast(x_TD.device.type, enabled=False):  # a backward may be called inside it
+        with without_autocast(x_TD.device.type):  # a backward may be called inside it
             if ctx.needs_input_grad[0]:
                 dx = (dlogits_TE @ weight_ED.to(dtype)).to(x_TD.dtype)
             if ctx.needs_input_grad[1]:
@@ -170,7 +171,7 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype | None = N
     """[T, E] in float32, under autocast too. Left open, the dtype is float64 for float64 input."""
     if dtype is None:
         dtype = torch.float64 if x_TD.dtype is torch.float64 else torch.float32
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with without_autocast(x_TD.device.type):
         return _RouterLogits.apply(x_TD, weight_ED, dtype)
 
 

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""In which precision things are computed: the dtype of elementwise arithmetic, and keeping autocast out of it."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Elementwise arithmetic runs in float32 for 16-bit tensors and in the tensor's own precision otherwise."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """A context in which autocast casts nothing. A backward may be called inside autocast, a forward often is."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()  # 10 us cheaper, four times a step
