@@ -50,7 +50,7 @@ class Descriptor:
 
 class _Launch:
     def __init__(self) -> None:
-        self._compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+        self._compiled: dict[tuple[Any, ...], tuple[CompiledKernel, list[str]]] = {}
 
     def __call__(
         self,
@@ -67,7 +67,7 @@ class _Launch:
             kernel: @triton.jit or @gluon.jit.
             grid: one to three dimensions.
             args: the kernel's run-time arguments, in order: tensors, Descriptors, numbers, None.
-            constexprs: its constexpr arguments, in order.
+            constexprs: its constexpr arguments, which come last in its signature.
         """
         if 0 in grid:
             return
@@ -102,14 +102,13 @@ class _Launch:
             return
         key.extend(constexprs.values())
         key = tuple(key)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            assert list(constexprs) == kernel.arg_names[len(args) :], f"{kernel}: constexprs out of order"
-            self._compiled[key] = kernel[grid](
-                *_checked(args), **constexprs, num_warps=num_warps, num_stages=num_stages
-            )
+        known = self._compiled.get(key)
+        if known is None:
+            compiled = kernel[grid](*_checked(args), **constexprs, num_warps=num_warps, num_stages=num_stages)
+            self._compiled[key] = compiled, kernel.arg_names[len(args) :]
         else:
-            compiled[(*grid, 1, 1)](*args, *constexprs.values())
+            compiled, names = known
+            compiled[(*grid, 1, 1)](*args, *[constexprs[name] for name in names])
 
 
 def _checked(args: tuple[Any, ...]) -> list[Any]:
