@@ -252,8 +252,8 @@ def rows_kernel(
     out,
     h,
     column_tiles,
-    K,
-    W,
+    K8,
+    W8,
     w_rows,
     GATHER: gl.constexpr,
     W_TRANSPOSED: gl.constexpr,
@@ -272,8 +272,11 @@ def rows_kernel(
         bias: [e, W or 2 W] if BIAS; times the route's weight unless ACTIVATE.
         out: [N, W]. With ACTIVATE also h, [N, 2 W] if PAIRED, which is gated: columns c and W + c belong together.
         column_tiles: cdiv(W, 128) if PAIRED, else cdiv(W, 256).
+        K8, W8: K / 8 and W / 8, so that the compiler knows rows to start at multiples of 16 bytes.
     """
     dtype: gl.constexpr = out.dtype.element_ty
+    K = K8 * 8
+    W = W8 * 8
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], SWIZZLED)
     if W_TRANSPOSED:
         b_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_N, BLOCK_K], SWIZZLED)
@@ -465,8 +468,8 @@ def dgated_kernel(
     ds_PN,
     num_routes,
     column_tiles,
-    D,
-    F,
+    D8,
+    F8,
     CURVE: gl.constexpr,
     GATED: gl.constexpr,
     EVEN_K: gl.constexpr,
@@ -476,8 +479,11 @@ def dgated_kernel(
 
     Args:
         w_desc: descriptor of W_down [e * D, F] in blocks [64, 128].
+        D8, F8: D / 8 and F / 8, see rows_kernel.
     """
     dtype: gl.constexpr = a.dtype.element_ty
+    D = D8 * 8
+    F = F8 * 8
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], SWIZZLED)
     b_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_N], SWIZZLED)
     buffers = gl.allocate_shared_memory(dtype, [4, HALF_M, SLICE_N], SWIZZLED)

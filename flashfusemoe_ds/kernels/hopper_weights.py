@@ -148,17 +148,20 @@ def weight_grad_kernel(
     num_tiles,
     m_tiles,
     n_tiles,
-    M,
-    N,
+    M8,
+    N8,
     GATHER_LEFT: gl.constexpr,
 ):
     """out [e, M, N]: for each expert, the sum over its routes n of left[n]' right[n]. Launch with num_warps=4.
 
     One of left [., M] and right [., N] is read at row_N[n], which GATHER_LEFT chooses; the other lies in sorted order,
     and its descriptor has blocks [64, 128]. The gathered one's descriptor is not used.
-    num_tiles = e * m_tiles * n_tiles, with m_tiles = cdiv(M, 128) and n_tiles = cdiv(N, 256).
+    num_tiles = e * m_tiles * n_tiles, with m_tiles = cdiv(M, 128) and n_tiles = cdiv(N, 256); M8 = M / 8 and
+    N8 = N / 8, so that the compiler knows rows to start at multiples of 16 bytes.
     """
     dtype: gl.constexpr = out.dtype.element_ty
+    M = M8 * 8
+    N = N8 * 8
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_M], SWIZZLED)
     b_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_N], SWIZZLED)
     buffers = gl.allocate_shared_memory(dtype, [2, HALF_M, BLOCK_N], SWIZZLED)
