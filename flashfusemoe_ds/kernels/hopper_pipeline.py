@@ -18,14 +18,21 @@ The result is 128 x 256, as two accumulators of 128 columns: the two halves of t
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from flashfusemoe_ds.kernels import triton_curves
+
+# Triton 3.6 to 3.8 call the copies by their first names, 3.9 by these.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 BLOCK_M = gl.constexpr(128)
 HALF_M = gl.constexpr(64)
@@ -107,21 +114,25 @@ def wait_empty(empty, step):
 
 @gluon.jit
 def multiply(
-    a_ring,
-    b_ring,
+    narrow,
+    wide,
     full,
     empty,
     step,
     k_steps,
     HALF: gl.constexpr,
+    NARROW_IS_B: gl.constexpr,
     A_TRANSPOSED: gl.constexpr,
     B_TRANSPOSED: gl.constexpr,
     FENCE: gl.constexpr,
 ):
     """Sums k_steps stages from ring position `step`. Returns two [64, 128] float32 accumulators and the new position.
 
-    a_ring [STAGES, 128, 64], or [STAGES, 64, 128] if A_TRANSPOSED; b_ring [2 * STAGES, 64, 128], or [., 128, 64] if
-    B_TRANSPOSED. FENCE: cp.async wrote part of it, which wgmma must be told.
+    The narrow ring has one block of 128 a stage, the wide one two: [STAGES, 128, 64] and [2 * STAGES, 128, 64], or
+    [., 64, 128] for an operand whose rows run along K (A_TRANSPOSED, or not B_TRANSPOSED). Narrow is A and wide B: the
+    tile is 128 x 256, a consumer has 64 rows of it, and its accumulators are the left and the right 128 columns. Or,
+    NARROW_IS_B (for A_TRANSPOSED), the tile is 256 x 128, a consumer has 128 rows of it, 64 in each accumulator.
+    FENCE: cp.async wrote part of a stage, which wgmma must be told.
     """
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc0 = gl.zeros((HALF_M, BLOCK_N), gl.float32, LAYOUT)
@@ -131,17 +142,24 @@ def multiply(
         mbarrier.wait(full.index(s), (step // STAGES) & 1)
         if FENCE:
             fence_async_shared()
-        if A_TRANSPOSED:
-            a = a_ring.index(s).slice(HALF * HALF_M, HALF_M, 1).permute((1, 0))
+        if NARROW_IS_B:
+            a0 = wide.index(2 * s + HALF).slice(0, HALF_M, 1).permute((1, 0))
+            a1 = wide.index(2 * s + HALF).slice(HALF_M, HALF_M, 1).permute((1, 0))
+            b0 = narrow.index(s)
+            b1 = b0
         else:
-            a = a_ring.index(s).slice(HALF * HALF_M, HALF_M, 0)
-        b0 = b_ring.index(2 * s)
-        b1 = b_ring.index(2 * s + 1)
-        if B_TRANSPOSED:
-            b0 = b0.permute((1, 0))
-            b1 = b1.permute((1, 0))
-        acc0 = warpgroup_mma(a, b0, acc0, is_async=True)
-        acc1 = warpgroup_mma(a, b1, acc1, is_async=True)
+            if A_TRANSPOSED:
+                a0 = narrow.index(s).slice(HALF * HALF_M, HALF_M, 1).permute((1, 0))
+            else:
+                a0 = narrow.index(s).slice(HALF * HALF_M, HALF_M, 0)
+            a1 = a0
+            b0 = wide.index(2 * s)
+            b1 = wide.index(2 * s + 1)
+            if B_TRANSPOSED:
+                b0 = b0.permute((1, 0))
+                b1 = b1.permute((1, 0))
+        acc0 = warpgroup_mma(a0, b0, acc0, is_async=True)
+        acc1 = warpgroup_mma(a1, b1, acc1, is_async=True)
         # This step's two products may still run; the step before has read its stage.
         acc0, acc1 = warpgroup_mma_wait(2, deps=(acc0, acc1))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
@@ -149,6 +167,41 @@ def multiply(
     acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k_steps > 0)
     return acc0, acc1, step
+
+
+@gluon.jit
+def column_halves(x, N: gl.constexpr):
+    """[64, N] -> two [64, N / 2], the left and the right columns; no data moves."""
+    return gl.split(gl.permute(gl.reshape(x, (HALF_M, 2, N // 2)), (0, 2, 1)))
+
+
+@gluon.jit
+def store_by_tma(out_desc, buffer0, buffer1, acc, row, column, wanted):
+    """Stores [64, 128] at (row, column) through two [64, 64] buffers and returns while the copies run.
+
+    Half of the copies before may still be read from the buffers; call tma.store_wait(0) at the end. Columns past the
+    descriptor's width are left out by the copy; rows are not checked, hence `wanted`.
+    """
+    left, right = column_halves(acc, BLOCK_N)
+    tma.store_wait(1)
+    buffer0.store(left.to(buffer0.dtype))
+    fence_async_shared()
+    if wanted:
+        tma_store(out_desc, [row, column], buffer0)
+    tma.store_wait(1)
+    buffer1.store(right.to(buffer1.dtype))
+    fence_async_shared()
+    if wanted:
+        tma_store(out_desc, [row, column + BLOCK_N // 2], buffer1)
+
+
+@gluon.jit
+def store_block(desc, buffer, acc, row, column):
+    """Stores [64, 128] at (row, column) through one buffer and returns while the copy runs."""
+    tma.store_wait(0)
+    buffer.store(acc.to(buffer.dtype))
+    fence_async_shared()
+    tma_store(desc, [row, column], buffer)
 
 
 @gluon.jit

@@ -2,7 +2,9 @@
 """`HopperProducts`: the experts' six products on H100 and H200, in warp-specialised Gluon.
 
 The kernels are in hopper_rows.py and hopper_weights.py; this file makes their TMA descriptors and launches them. What
-they do not take (float32, widths that are not multiples of 8) goes to `TritonProducts`, which this class extends.
+they do not take goes to `TritonProducts`, which this class extends: float32, widths that are not multiples of 8, and
+where W's rows run along the summed dimension (dgated, dX) a dimension that is no multiple of 64, since the last step
+would read the next expert's weights, times zeros, and zero times NaN is NaN.
 Operands, results and rounding are those of `TritonProducts`, so either may compute any product of one step.
 """
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from flashfusemoe_ds.kernels import hopper_rows, hopper_weights
 from flashfusemoe_ds.kernels.activation import Activation
-from flashfusemoe_ds.kernels.hopper_pipeline import BLOCK_K, BLOCK_M, BLOCK_N, SWIZZLED
+from flashfusemoe_ds.kernels.hopper_pipeline import BLOCK_K, BLOCK_M, BLOCK_N, HALF_M, SWIZZLED
 from flashfusemoe_ds.kernels.launch import Descriptor, launch
 from flashfusemoe_ds.kernels.order import ExpertOrder
 from flashfusemoe_ds.kernels.triton_curves import CURVE_OF
@@ -24,6 +26,8 @@ from flashfusemoe_ds.kernels.triton_products import TritonProducts
 
 _TALL = (BLOCK_M.value, BLOCK_K.value)  # rows along the summed dimension
 _FLAT = (BLOCK_K.value, BLOCK_N.value)  # the summed dimension down the rows
+_HALF = (HALF_M.value, BLOCK_N.value)
+_SMALL = (HALF_M.value, BLOCK_N.value // 2)
 _TILE_N = 2 * BLOCK_N.value
 
 
@@ -40,14 +44,10 @@ class HopperProducts(TritonProducts):
     @staticmethod
     def takes(*tensors: Tensor) -> bool:
         """Whether TMA can address them: 16-bit, rows of a multiple of 16 bytes, an aligned and whole allocation."""
-        return all(
-            t.dtype in (torch.bfloat16, torch.float16)
-            and t.shape[-1] % 8 == 0
-            and t.numel() > 0
-            and t.is_contiguous()
-            and t.data_ptr() % 16 == 0
-            for t in tensors
-        )
+        for t in tensors:
+            if t.element_size() != 2 or t.shape[-1] % 8 or t.data_ptr() % 16 or not t.numel() or not t.is_contiguous():
+                return False
+        return True
 
     def _grid(self, most: int) -> tuple[int]:
         return (min(self.num_sms, most),)
@@ -79,7 +79,9 @@ class HopperProducts(TritonProducts):
             order.tiles_M4,
             order.num_tiles_1,
             a_NF,
+            _descriptor(a_NF, _HALF),
             h_NH,
+            _descriptor(h_NH, _HALF),
             column_tiles,
             d // 8,
             f // 8,
@@ -108,7 +110,7 @@ class HopperProducts(TritonProducts):
         return self._project_rows(a_NF, order, w_down_eDF, b_down_eD, weight_RK, transposed=True)
 
     def dx(self, dh_NH: Tensor, order: ExpertOrder, w_up_eHD: Tensor) -> Tensor:
-        if not self.takes(dh_NH, w_up_eHD):
+        if w_up_eHD.shape[1] % BLOCK_K.value or not self.takes(dh_NH, w_up_eHD):
             return super().dx(dh_NH, order, w_up_eHD)
         return self._project_rows(dh_NH, order, w_up_eHD, None, None, transposed=False)
 
@@ -125,6 +127,7 @@ class HopperProducts(TritonProducts):
         """[N, K] -> [N, W], W being w's second dimension if transposed and its third if not."""
         width = w.shape[1] if transposed else w.shape[2]
         out = rows_NK.new_empty(order.num_routes, width)
+        out_desc = _descriptor(out, _HALF)
         column_tiles = triton.cdiv(width, _TILE_N)
         launch(
             hopper_rows.rows_kernel,
@@ -138,7 +141,9 @@ class HopperProducts(TritonProducts):
             order.tiles_M4,
             order.num_tiles_1,
             out,
+            out_desc,
             out,
+            out_desc,
             column_tiles,
             rows_NK.shape[1] // 8,
             width // 8,
@@ -167,7 +172,7 @@ class HopperProducts(TritonProducts):
         overwrite_h: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         _, d, f = w_down_eDF.shape
-        if d % 8 or not self.takes(dout_RD, w_down_eDF, h_NH):
+        if d % BLOCK_K.value or not self.takes(dout_RD, w_down_eDF, h_NH):
             return super().dgated(
                 dout_RD, order, w_down_eDF, b_down_eD, h_NH, weight_RK, activation, overwrite_h=overwrite_h
             )
@@ -195,7 +200,6 @@ class HopperProducts(TritonProducts):
             f // 8,
             CURVE=CURVE_OF[activation.name],
             GATED=activation.gated,
-            EVEN_K=d % BLOCK_K.value == 0,
             num_warps=4,
         )
         if b_down_eD is not None:
@@ -215,24 +219,27 @@ class HopperProducts(TritonProducts):
     def _sum_outer(self, left: Tensor, right: Tensor, order: ExpertOrder, *, gather_left: bool) -> Tensor:
         num_experts, m, n = order.ends_e.numel(), left.shape[1], right.shape[1]
         out_eMN = left.new_empty(num_experts, m, n)
-        m_tiles, n_tiles = triton.cdiv(m, BLOCK_M.value), triton.cdiv(n, _TILE_N)
-        sorted_desc = _descriptor(right if gather_left else left, _FLAT)
+        gathered, lying = (left, right) if gather_left else (right, left)
+        tile_m, tile_n = (BLOCK_M.value, _TILE_N) if gather_left else (_TILE_N, BLOCK_M.value)
+        m_tiles, n_tiles = triton.cdiv(m, tile_m), triton.cdiv(n, tile_n)
+        num_tiles = num_experts * m_tiles * n_tiles
         launch(
             hopper_weights.weight_grad_kernel,
-            self._grid(num_experts * m_tiles * n_tiles),
-            left,
-            sorted_desc,
-            right,
-            sorted_desc,
+            self._grid(num_tiles),
+            gathered,
+            lying,
+            _descriptor(lying, _FLAT),
             order.row_N,
             order.by_size_e3,
             out_eMN,
-            num_experts * m_tiles * n_tiles,
+            _descriptor(out_eMN, _SMALL),
+            num_tiles,
             m_tiles,
             n_tiles,
             m // 8,
             n // 8,
             GATHER_LEFT=gather_left,
+            TMA_STORE=m % HALF_M.value == 0,
             num_warps=4,
         )
         return out_eMN

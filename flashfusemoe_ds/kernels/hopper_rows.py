@@ -10,7 +10,7 @@ for the partitions and barriers.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from flashfusemoe_ds.kernels.hopper_pipeline import (
     BLOCK_K,
@@ -21,12 +21,17 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
     PRODUCER_REGS,
     STAGES,
     SWIZZLED,
+    column_halves,
+    cp_async,
     curve,
     curve_and_slope,
     grouped,
     make_barriers,
     multiply,
+    store_block,
     through_shared,
+    tma_load,
+    tma_store,
     wait_empty,
 )
 
@@ -110,34 +115,28 @@ def produce(
                 mbarrier.expect(ready, 2 * BLOCK_N * BLOCK_K * 2)
             else:
                 mbarrier.expect(ready, (BLOCK_M + 2 * BLOCK_N) * BLOCK_K * 2)
-                tma.async_copy_global_to_shared(a, [row, k], ready, a_ring.index(s))
+                tma_load(a, [row, k], ready, a_ring.index(s))
             if W_TRANSPOSED:
-                tma.async_copy_global_to_shared(w_desc, [w_row + n0, k], ready, b_ring.index(2 * s))
-                tma.async_copy_global_to_shared(w_desc, [w_row + n1, k], ready, b_ring.index(2 * s + 1))
+                tma_load(w_desc, [w_row + n0, k], ready, b_ring.index(2 * s))
+                tma_load(w_desc, [w_row + n1, k], ready, b_ring.index(2 * s + 1))
             else:
-                # In the last step of an odd K these rows run into the next expert's weights; A is 0 there.
-                tma.async_copy_global_to_shared(w_desc, [w_row + k, n0], ready, b_ring.index(2 * s))
-                tma.async_copy_global_to_shared(w_desc, [w_row + k, n1], ready, b_ring.index(2 * s + 1))
+                # K is a multiple of 64 here: rows beyond it would be the next expert's.
+                tma_load(w_desc, [w_row + k, n0], ready, b_ring.index(2 * s))
+                tma_load(w_desc, [w_row + k, n1], ready, b_ring.index(2 * s + 1))
             if GATHER:
                 if EVEN_K:
                     mask = ok[:, None]
                 else:
                     mask = ok[:, None] & (k + columns < K)[None, :]
-                async_copy.async_copy_global_to_shared(a_ring.index(s), a_ptrs, mask)
+                cp_async(a_ring.index(s), a_ptrs, mask)
                 async_copy.mbarrier_arrive(ready, increment_count=False)
                 a_ptrs += BLOCK_K
             step += 1
 
 
 @gluon.jit
-def column_halves(x, N: gl.constexpr):
-    """[64, N] -> two [64, N / 2], the left and the right columns; no data moves."""
-    return gl.split(gl.permute(gl.reshape(x, (HALF_M, 2, N // 2)), (0, 2, 1)))
-
-
-@gluon.jit
-def activated(buffer, acc, weight, CURVE: gl.constexpr):
-    """through_shared(weight * curve(acc)), 32 columns at a time: the whole of a gelu at once would spill."""
+def activate(buffer, acc, weight, CURVE: gl.constexpr):
+    """Writes weight * curve(acc) to the buffer, 32 columns at a time: the whole of a gelu at once would spill."""
     QUARTER: gl.constexpr = BLOCK_N // 4
     left, right = column_halves(acc, BLOCK_N)
     q0, q1 = column_halves(left, BLOCK_N // 2)
@@ -147,7 +146,6 @@ def activated(buffer, acc, weight, CURVE: gl.constexpr):
     buffer.slice(QUARTER, QUARTER, 1).store((curve(q1, CURVE) * weight).to(buffer.dtype))
     buffer.slice(2 * QUARTER, QUARTER, 1).store((curve(q2, CURVE) * weight).to(buffer.dtype))
     buffer.slice(3 * QUARTER, QUARTER, 1).store((curve(q3, CURVE) * weight).to(buffer.dtype))
-    return buffer.load(WIDE)
 
 
 @gluon.jit
@@ -163,7 +161,9 @@ def consume_rows(
     tiles_M4,
     num_tiles_1,
     out,
+    out_desc,
     h,
+    h_desc,
     column_tiles,
     K,
     W,
@@ -177,66 +177,93 @@ def consume_rows(
 ):
     """One half of every tile: multiply, then store the sums (W wide), or H and the weighed activation (W wide)."""
     num_tiles = gl.load(num_tiles_1)
-    rows = HALF * HALF_M + gl.arange(0, HALF_M, gl.SliceLayout(1, WIDE))
+    rows = gl.arange(0, HALF_M, gl.SliceLayout(1, WIDE))
     columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, WIDE))
-    mma_rows = HALF * HALF_M + gl.arange(0, HALF_M, gl.SliceLayout(1, MMA))
+    mma_rows = gl.arange(0, HALF_M, gl.SliceLayout(1, MMA))
     mma_columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
     step = 0
     expert, start, end, base = read_tile(tiles_M4, gl.program_id(0), num_tiles, column_tiles)
     for t in range(gl.program_id(0), num_tiles * column_tiles, gl.num_programs(0)):
         row, n = place(t, column_tiles, start, end, base)
+        row += HALF * HALF_M
+        stop = end - row  # this half's rows that are routes of the expert; 0 or less for none
         this_expert = expert
-        ok = (row + rows < end)[:, None]
         if ACTIVATE or BIAS:
-            weight = route_weights(weight_RK, route_N, row + mma_rows, end)
+            weight = route_weights(weight_RK, route_N + row, mma_rows, stop)
         expert, start, end, base = read_tile(tiles_M4, t + gl.num_programs(0), num_tiles, column_tiles)
         acc0, acc1, step = multiply(
-            a_ring, b_ring, full, empty, step, gl.cdiv(K, BLOCK_K), HALF, False, W_TRANSPOSED, GATHER
+            a_ring, b_ring, full, empty, step, gl.cdiv(K, BLOCK_K), HALF, False, False, W_TRANSPOSED, GATHER
         )
 
         if PAIRED:
             col0 = n * BLOCK_N
             width = 2 * W  # of H, and of the bias
             second = W  # from a column of H to its partner
+            whole = (stop >= HALF_M) & (W - col0 >= BLOCK_N)
         else:
             col0 = n * (2 * BLOCK_N)
             width = W
             second = BLOCK_N
+            whole = (stop >= HALF_M) & (W - col0 >= 2 * BLOCK_N)
         left = W - col0
-        mask0 = ok & (columns < left)[None, :]
-        if PAIRED:
-            mask1 = mask0
-        else:
-            mask1 = ok & (columns + BLOCK_N < left)[None, :]
         if BIAS:
-            p = bias + this_expert.to(gl.int64) * width + col0 + mma_columns
-            bias0 = gl.load(p, mask=mma_columns < left, other=0.0).to(gl.float32)
+            bias_ptrs = bias + this_expert.to(gl.int64) * width + col0 + mma_columns
+            bias0 = gl.load(bias_ptrs, mask=mma_columns < left, other=0.0).to(gl.float32)
             if PAIRED:
-                bias1 = gl.load(p + second, mask=mma_columns < left, other=0.0).to(gl.float32)
+                bias1 = gl.load(bias_ptrs + second, mask=mma_columns < left, other=0.0).to(gl.float32)
             else:
-                bias1 = gl.load(p + second, mask=mma_columns + BLOCK_N < left, other=0.0).to(gl.float32)
+                bias1 = gl.load(bias_ptrs + second, mask=mma_columns + BLOCK_N < left, other=0.0).to(gl.float32)
             if ACTIVATE:
                 acc0 += bias0[None, :]
                 acc1 += bias1[None, :]
             else:
                 acc0 += weight[:, None] * bias0[None, :]
                 acc1 += weight[:, None] * bias1[None, :]
-        first = row.to(gl.int64)
-        if ACTIVATE:
-            p = h + first * width + col0 + (rows[:, None] * width + columns[None, :])
-            gl.store(p, through_shared(buffer, acc0, WIDE), mask=mask0)
-            gl.store(p + second, through_shared(buffer, acc1, WIDE), mask=mask1)
-            p = out + first * W + col0 + (rows[:, None] * W + columns[None, :])
-            if PAIRED:
-                value = curve(acc0, CURVE) * acc1 * weight[:, None]
-                gl.store(p, through_shared(buffer, value, WIDE), mask=mask0)
+        if whole:
+            if ACTIVATE:
+                store_block(h_desc, buffer, acc0, row, col0)
+                if PAIRED:
+                    value = curve(acc0, CURVE) * acc1 * weight[:, None]
+                    store_block(h_desc, buffer, acc1, row, col0 + second)
+                    store_block(out_desc, buffer, value, row, col0)
+                else:
+                    store_block(h_desc, buffer, acc1, row, col0 + second)
+                    tma.store_wait(0)
+                    activate(buffer, acc0, weight, CURVE)
+                    fence_async_shared()
+                    tma_store(out_desc, [row, col0], buffer)
+                    tma.store_wait(0)
+                    activate(buffer, acc1, weight, CURVE)
+                    fence_async_shared()
+                    tma_store(out_desc, [row, col0 + second], buffer)
             else:
-                gl.store(p, activated(buffer, acc0, weight, CURVE), mask=mask0)
-                gl.store(p + second, activated(buffer, acc1, weight, CURVE), mask=mask1)
+                store_block(out_desc, buffer, acc0, row, col0)
+                store_block(out_desc, buffer, acc1, row, col0 + second)
         else:
-            p = out + first * W + col0 + (rows[:, None] * W + columns[None, :])
-            gl.store(p, through_shared(buffer, acc0, WIDE), mask=mask0)
-            gl.store(p + second, through_shared(buffer, acc1, WIDE), mask=mask1)
+            tma.store_wait(0)  # the buffer is about to be written without asking
+            mask0 = (rows < stop)[:, None] & (columns < left)[None, :]
+            if PAIRED:
+                mask1 = mask0
+            else:
+                mask1 = (rows < stop)[:, None] & (columns + BLOCK_N < left)[None, :]
+            if ACTIVATE:
+                p = h + row.to(gl.int64) * width + col0 + (rows[:, None] * width + columns[None, :])
+                gl.store(p, through_shared(buffer, acc0, WIDE), mask=mask0)
+                gl.store(p + second, through_shared(buffer, acc1, WIDE), mask=mask1)
+                p = out + row.to(gl.int64) * W + col0 + (rows[:, None] * W + columns[None, :])
+                if PAIRED:
+                    value = curve(acc0, CURVE) * acc1 * weight[:, None]
+                    gl.store(p, through_shared(buffer, value, WIDE), mask=mask0)
+                else:
+                    activate(buffer, acc0, weight, CURVE)
+                    gl.store(p, buffer.load(WIDE), mask=mask0)
+                    activate(buffer, acc1, weight, CURVE)
+                    gl.store(p + second, buffer.load(WIDE), mask=mask1)
+            else:
+                p = out + row.to(gl.int64) * W + col0 + (rows[:, None] * W + columns[None, :])
+                gl.store(p, through_shared(buffer, acc0, WIDE), mask=mask0)
+                gl.store(p + second, through_shared(buffer, acc1, WIDE), mask=mask1)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -250,7 +277,9 @@ def rows_kernel(
     tiles_M4,
     num_tiles_1,
     out,
+    out_desc,
     h,
+    h_desc,
     column_tiles,
     K8,
     W8,
@@ -268,9 +297,10 @@ def rows_kernel(
     Args:
         a: pointer to [R, K], gathered by row_N, if GATHER; else a descriptor of [N, K] in blocks [128, 64].
         w_desc: descriptor of [e * w_rows, .] in blocks [128, 64] if W_TRANSPOSED (W is [e, w_rows, K]), else [64, 128]
-            (W is [e, w_rows = K, W]).
+            (W is [e, w_rows = K, W], K a multiple of 64).
         bias: [e, W or 2 W] if BIAS; times the route's weight unless ACTIVATE.
-        out: [N, W]. With ACTIVATE also h, [N, 2 W] if PAIRED, which is gated: columns c and W + c belong together.
+        out: [N, W], with a descriptor in blocks [64, 128]. With ACTIVATE also h, [N, 2 W] if PAIRED, which is gated:
+            columns c and W + c belong together.
         column_tiles: cdiv(W, 128) if PAIRED, else cdiv(W, 256).
         K8, W8: K / 8 and W / 8, so that the compiler knows rows to start at multiples of 16 bytes.
     """
@@ -287,9 +317,11 @@ def rows_kernel(
     # fmt: off
     gl.warp_specialize([
         (consume_rows, (a_ring, b_ring, buffers.index(0), full, empty, bias, weight_RK, route_N, tiles_M4, num_tiles_1,
-                        out, h, column_tiles, K, W, 0, GATHER, W_TRANSPOSED, ACTIVATE, PAIRED, CURVE, BIAS)),
+                        out, out_desc, h, h_desc, column_tiles, K, W, 0, GATHER, W_TRANSPOSED, ACTIVATE, PAIRED,
+                        CURVE, BIAS)),
         (consume_rows, (a_ring, b_ring, buffers.index(1), full, empty, bias, weight_RK, route_N, tiles_M4, num_tiles_1,
-                        out, h, column_tiles, K, W, 1, GATHER, W_TRANSPOSED, ACTIVATE, PAIRED, CURVE, BIAS)),
+                        out, out_desc, h, h_desc, column_tiles, K, W, 1, GATHER, W_TRANSPOSED, ACTIVATE, PAIRED,
+                        CURVE, BIAS)),
         (produce, (a, w_desc, row_N, tiles_M4, num_tiles_1, a_ring, b_ring, full, empty, column_tiles, K, w_rows, W,
                    GATHER, W_TRANSPOSED, PAIRED, EVEN_K)),
     ], [4, 4], [CONSUMER_REGS, PRODUCER_REGS])
@@ -414,7 +446,9 @@ def consume_dgated(
         weight3 = route_weights(weight_RK, route_N + row, rows + 3 * SLICE_M, stop)
         g, u = load_h(h_tile, ho, F, (rows < stop)[:, None] & (columns < left)[None, :], GATED)
         _, start, end, base = read_tile(tiles_M4, t + gl.num_programs(0), num_tiles, column_tiles)
-        acc0, acc1, step = multiply(a_ring, b_ring, full, empty, step, gl.cdiv(D, BLOCK_K), HALF, False, False, True)
+        acc0, acc1, step = multiply(
+            a_ring, b_ring, full, empty, step, gl.cdiv(D, BLOCK_K), HALF, False, False, False, True
+        )
 
         ds0 = gl.zeros((SLICE_M,), gl.float32, gl.SliceLayout(1, NARROW))
         ds1 = ds0
@@ -472,14 +506,13 @@ def dgated_kernel(
     F8,
     CURVE: gl.constexpr,
     GATED: gl.constexpr,
-    EVEN_K: gl.constexpr,
 ):
     """dA = dY[row_N] W_down, and from H: dH (may be H itself), A = weight * act(H), and dS, one partial sum a column
     tile, [cdiv(F, 256), N]. Launch with num_warps=4.
 
     Args:
         w_desc: descriptor of W_down [e * D, F] in blocks [64, 128].
-        D8, F8: D / 8 and F / 8, see rows_kernel.
+        D8, F8: D / 8 and F / 8, see rows_kernel. D is a multiple of 64.
     """
     dtype: gl.constexpr = a.dtype.element_ty
     D = D8 * 8
@@ -495,6 +528,6 @@ def dgated_kernel(
         (consume_dgated, (a_ring, b_ring, buffers, full, empty, weight_RK, route_N, tiles_M4, num_tiles_1, h, dh, a,
                           ds_PN, num_routes, column_tiles, D, F, 1, CURVE, GATED)),
         (produce, (dout_RD, w_desc, row_N, tiles_M4, num_tiles_1, a_ring, b_ring, full, empty, column_tiles, D, D, 0,
-                   True, False, False, EVEN_K)),
+                   True, False, False, True)),
     ], [4, 4], [CONSUMER_REGS, PRODUCER_REGS])
     # fmt: on

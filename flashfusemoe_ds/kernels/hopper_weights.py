@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Hopper kernel for the weight gradients: each expert's sum over its routes, out[e] = sum_n left[n]' right[n].
 
-A tile is 128 x 256 of one expert's matrix, summed over that expert's routes, 64 at a time. One operand lies in sorted
-order and comes through TMA; the other is gathered, through cp.async, row by row as the order names them. The last step
-of an expert holds fewer than 64 routes: then both come through cp.async, which writes zeros past the end, so nothing
-of the next expert (or of rows that nobody wrote) enters the sum. See hopper_pipeline.py for partitions and barriers.
+A step sums 64 routes. One operand lies in sorted order and comes through TMA; the other is gathered, through cp.async,
+row by row as the order names them. The gathered one is the narrow side of the tile, so that cp.async moves a third of
+the bytes: tiles are 128 x 256 where left is gathered (dW_down) and 256 x 128 where right is (dW_up).
 
-Experts come largest first: their tiles cost in proportion to their routes.
+The last step of an expert holds fewer than 64 routes: then both come through cp.async, which writes zeros past the
+end, so nothing of the next expert (or of rows that nobody wrote) enters the sum. Experts come largest first: their
+tiles cost in proportion to their routes. See hopper_pipeline.py for partitions and barriers.
 """
 
 from triton.experimental import gluon
@@ -16,15 +17,17 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from flashfusemoe_ds.kernels.hopper_pipeline import (
     BLOCK_K,
-    BLOCK_M,
     BLOCK_N,
     HALF_M,
     STAGES,
     SWIZZLED,
+    cp_async,
     grouped,
     make_barriers,
     multiply,
+    store_by_tma,
     through_shared,
+    tma_load,
     wait_empty,
 )
 
@@ -46,80 +49,96 @@ def read_expert(by_size_e3, t, tiles_each, num_tiles):
 def copy_rows(block, source, rows, width, first, columns, ok):
     """cp.async of [64, 128] at (rows, first + columns) of a [., width] tensor; zeros where not ok or past width."""
     p = source + rows.to(gl.int64)[:, None] * width + (first + columns)[None, :]
-    async_copy.async_copy_global_to_shared(block, p, ok[:, None] & (first + columns < width)[None, :])
+    cp_async(block, p, ok[:, None] & (first + columns < width)[None, :])
 
 
 @gluon.jit
 def produce(
-    left,
-    left_desc,
-    right,
-    right_desc,
+    gathered,
+    lying,
+    lying_desc,
     row_N,
     by_size_e3,
-    a_ring,
-    b_ring,
+    narrow,
+    wide,
     full,
     empty,
     num_tiles,
     m_tiles,
     n_tiles,
-    M,
-    N,
+    gathered_width,
+    lying_width,
     GATHER_LEFT: gl.constexpr,
 ):
     """Loads 64 routes of both operands for every step of every tile of this program."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    columns = gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))
+    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
     rows = gl.arange(0, BLOCK_K, gl.SliceLayout(1, LAYOUT))
     step = 0
     tiles_each = m_tiles * n_tiles
+    stride = gl.num_programs(0)
     _, start, end = read_expert(by_size_e3, gl.program_id(0), tiles_each, num_tiles)
-    for t in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    _, next_start, next_end = read_expert(by_size_e3, gl.program_id(0) + stride, tiles_each, num_tiles)
+    # Where the gathered rows lie is read one step ahead of their use, across tiles too, and an expert's record two
+    # tiles ahead: an expert may have as few as four steps, and each read takes as long as one.
+    source = gl.load(row_N + start + rows, mask=start + rows < end, other=0)
+    for t in range(gl.program_id(0), num_tiles, stride):
         m, n = grouped(t % tiles_each, m_tiles, n_tiles)
-        m0 = m * BLOCK_M
-        n0 = n * (2 * BLOCK_N)
-        this_start = start
-        this_end = end
-        source = gl.load(row_N + start + rows, mask=start + rows < end, other=0)
-        _, start, end = read_expert(by_size_e3, t + gl.num_programs(0), tiles_each, num_tiles)
-        for row in range(this_start, this_end, BLOCK_K):
-            ahead = row + BLOCK_K + rows
-            next_source = gl.load(row_N + ahead, mask=ahead < this_end, other=0)
+        if GATHER_LEFT:
+            narrow0 = m * BLOCK_N
+            wide0 = n * (2 * BLOCK_N)
+        else:
+            narrow0 = n * BLOCK_N
+            wide0 = m * (2 * BLOCK_N)
+        _, later_start, later_end = read_expert(by_size_e3, t + 2 * stride, tiles_each, num_tiles)
+        if start == end:
+            source = gl.load(row_N + next_start + rows, mask=next_start + rows < next_end, other=0)
+        for row in range(start, end, BLOCK_K):
+            last = row + BLOCK_K >= end
+            ahead = gl.where(last, next_start, row + BLOCK_K) + rows
+            next_source = gl.load(row_N + ahead, mask=ahead < gl.where(last, next_end, end), other=0)
             s = wait_empty(empty, step)
             ready = full.index(s)
-            ok = row + rows < this_end
-            whole = row + BLOCK_K <= this_end
-            if GATHER_LEFT:
-                mbarrier.expect(ready, 2 * BLOCK_N * BLOCK_K * 2, pred=whole)
-                tma.async_copy_global_to_shared(right_desc, [row, n0], ready, b_ring.index(2 * s), pred=whole)
-                tma.async_copy_global_to_shared(
-                    right_desc, [row, n0 + BLOCK_N], ready, b_ring.index(2 * s + 1), pred=whole
-                )
-                if row + BLOCK_K > this_end:
-                    mbarrier.arrive(ready)
-                    copy_rows(b_ring.index(2 * s), right, row + rows, N, n0, columns, ok)
-                    copy_rows(b_ring.index(2 * s + 1), right, row + rows, N, n0 + BLOCK_N, columns, ok)
-                copy_rows(a_ring.index(s), left, source, M, m0, columns, ok)
-            else:
-                mbarrier.expect(ready, BLOCK_M * BLOCK_K * 2, pred=whole)
-                tma.async_copy_global_to_shared(left_desc, [row, m0], ready, a_ring.index(s), pred=whole)
-                if row + BLOCK_K > this_end:
-                    mbarrier.arrive(ready)
-                    copy_rows(a_ring.index(s), left, row + rows, M, m0, columns, ok)
-                copy_rows(b_ring.index(2 * s), right, source, N, n0, columns, ok)
-                copy_rows(b_ring.index(2 * s + 1), right, source, N, n0 + BLOCK_N, columns, ok)
+            ok = row + rows < end
+            whole = row + BLOCK_K <= end
+            mbarrier.expect(ready, 2 * BLOCK_N * BLOCK_K * 2, pred=whole)
+            tma_load(lying_desc, [row, wide0], ready, wide.index(2 * s), pred=whole)
+            tma_load(lying_desc, [row, wide0 + BLOCK_N], ready, wide.index(2 * s + 1), pred=whole)
+            if row + BLOCK_K > end:
+                mbarrier.arrive(ready)
+                copy_rows(wide.index(2 * s), lying, row + rows, lying_width, wide0, columns, ok)
+                copy_rows(wide.index(2 * s + 1), lying, row + rows, lying_width, wide0 + BLOCK_N, columns, ok)
+            copy_rows(narrow.index(s), gathered, source, gathered_width, narrow0, columns, ok)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             source = next_source
             step += 1
+        start = next_start
+        end = next_end
+        next_start = later_start
+        next_end = later_end
 
 
 @gluon.jit
 def consume(
-    a_ring, b_ring, buffer, full, empty, by_size_e3, out, num_tiles, m_tiles, n_tiles, M, N, HALF: gl.constexpr
+    narrow,
+    wide,
+    buffers,
+    full,
+    empty,
+    by_size_e3,
+    out,
+    out_desc,
+    num_tiles,
+    m_tiles,
+    n_tiles,
+    M,
+    N,
+    HALF: gl.constexpr,
+    GATHER_LEFT: gl.constexpr,
+    TMA_STORE: gl.constexpr,
 ):
     """One half of every tile: multiply and store; zeros for an expert without routes."""
-    rows = HALF * HALF_M + gl.arange(0, HALF_M, gl.SliceLayout(1, WIDE))
+    rows = gl.arange(0, HALF_M, gl.SliceLayout(1, WIDE))
     columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, WIDE))
     step = 0
     tiles_each = m_tiles * n_tiles
@@ -127,52 +146,91 @@ def consume(
     for t in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         m, n = grouped(t % tiles_each, m_tiles, n_tiles)
         k_steps = gl.cdiv(end - start, BLOCK_K)
-        col = n * (2 * BLOCK_N) + columns
-        p = out + (expert.to(gl.int64) * M + m * BLOCK_M) * N + (rows[:, None] * N + col[None, :])
-        ok = (m * BLOCK_M + rows < M)[:, None]
+        this_expert = expert
+        if GATHER_LEFT:
+            row0 = m * (2 * HALF_M) + HALF * HALF_M
+            row1 = row0
+            col0 = n * (2 * BLOCK_N)
+            col1 = col0 + BLOCK_N
+        else:
+            row0 = m * (4 * HALF_M) + HALF * (2 * HALF_M)
+            row1 = row0 + HALF_M
+            col0 = n * BLOCK_N
+            col1 = col0
         expert, start, end = read_expert(by_size_e3, t + gl.num_programs(0), tiles_each, num_tiles)
-        acc0, acc1, step = multiply(a_ring, b_ring, full, empty, step, k_steps, HALF, True, False, True)
-        gl.store(p, through_shared(buffer, acc0, WIDE), mask=ok & (col < N)[None, :])
-        gl.store(p + BLOCK_N, through_shared(buffer, acc1, WIDE), mask=ok & (col + BLOCK_N < N)[None, :])
+        acc0, acc1, step = multiply(narrow, wide, full, empty, step, k_steps, HALF, not GATHER_LEFT, True, False, True)
+        if TMA_STORE:
+            buffer0 = buffers.index(2 * HALF)
+            buffer1 = buffers.index(2 * HALF + 1)
+            store_by_tma(out_desc, buffer0, buffer1, acc0, this_expert * M + row0, col0, row0 < M)
+            store_by_tma(out_desc, buffer0, buffer1, acc1, this_expert * M + row1, col1, row1 < M)
+        else:
+            matrix = out + this_expert.to(gl.int64) * M * N
+            r = row0 + rows
+            c = col0 + columns
+            p = matrix + r.to(gl.int64)[:, None] * N + c[None, :]
+            gl.store(p, through_shared(buffers.index(HALF), acc0, WIDE), mask=(r < M)[:, None] & (c < N)[None, :])
+            r = row1 + rows
+            c = col1 + columns
+            p = matrix + r.to(gl.int64)[:, None] * N + c[None, :]
+            gl.store(p, through_shared(buffers.index(HALF), acc1, WIDE), mask=(r < M)[:, None] & (c < N)[None, :])
+    if TMA_STORE:
+        tma.store_wait(0)
 
 
 @gluon.jit
 def weight_grad_kernel(
-    left,
-    left_desc,
-    right,
-    right_desc,
+    gathered,
+    lying,
+    lying_desc,
     row_N,
     by_size_e3,
     out,
+    out_desc,
     num_tiles,
     m_tiles,
     n_tiles,
     M8,
     N8,
     GATHER_LEFT: gl.constexpr,
+    TMA_STORE: gl.constexpr,
 ):
     """out [e, M, N]: for each expert, the sum over its routes n of left[n]' right[n]. Launch with num_warps=4.
 
-    One of left [., M] and right [., N] is read at row_N[n], which GATHER_LEFT chooses; the other lies in sorted order,
-    and its descriptor has blocks [64, 128]. The gathered one's descriptor is not used.
-    num_tiles = e * m_tiles * n_tiles, with m_tiles = cdiv(M, 128) and n_tiles = cdiv(N, 256); M8 = M / 8 and
-    N8 = N / 8, so that the compiler knows rows to start at multiples of 16 bytes.
+    Left [., M] is `gathered`, read at row_N[n], and right [., N] is `lying` in sorted order; or, without GATHER_LEFT,
+    the other way round.
+
+    Args:
+        lying_desc: descriptor of lying in blocks [64, 128].
+        out_desc: descriptor of [e * M, N] in blocks [64, 64]. TMA_STORE: store through it, for M a multiple of 64, so
+            that no block reaches into the next expert.
+        m_tiles, n_tiles: cdiv(M, 128) and cdiv(N, 256) with GATHER_LEFT, else cdiv(M, 256) and cdiv(N, 128).
+        num_tiles: e * m_tiles * n_tiles.
+        M8, N8: M / 8 and N / 8, so that the compiler knows rows to start at multiples of 16 bytes.
     """
     dtype: gl.constexpr = out.dtype.element_ty
     M = M8 * 8
     N = N8 * 8
-    a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_M], SWIZZLED)
-    b_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_N], SWIZZLED)
-    buffers = gl.allocate_shared_memory(dtype, [2, HALF_M, BLOCK_N], SWIZZLED)
+    if GATHER_LEFT:
+        gathered_width = M
+        lying_width = N
+    else:
+        gathered_width = N
+        lying_width = M
+    narrow = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], SWIZZLED)
+    wide = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_N], SWIZZLED)
+    if TMA_STORE:
+        buffers = gl.allocate_shared_memory(dtype, [4, HALF_M, BLOCK_N // 2], SWIZZLED)
+    else:
+        buffers = gl.allocate_shared_memory(dtype, [2, HALF_M, BLOCK_N], SWIZZLED)
     full, empty = make_barriers(129)
     # fmt: off
     gl.warp_specialize([
-        (consume, (a_ring, b_ring, buffers.index(0), full, empty, by_size_e3, out, num_tiles, m_tiles, n_tiles, M, N,
-                   0)),
-        (consume, (a_ring, b_ring, buffers.index(1), full, empty, by_size_e3, out, num_tiles, m_tiles, n_tiles, M, N,
-                   1)),
-        (produce, (left, left_desc, right, right_desc, row_N, by_size_e3, a_ring, b_ring, full, empty, num_tiles,
-                   m_tiles, n_tiles, M, N, GATHER_LEFT)),
+        (consume, (narrow, wide, buffers, full, empty, by_size_e3, out, out_desc, num_tiles, m_tiles, n_tiles, M, N, 0,
+                   GATHER_LEFT, TMA_STORE)),
+        (consume, (narrow, wide, buffers, full, empty, by_size_e3, out, out_desc, num_tiles, m_tiles, n_tiles, M, N, 1,
+                   GATHER_LEFT, TMA_STORE)),
+        (produce, (gathered, lying, lying_desc, row_N, by_size_e3, narrow, wide, full, empty, num_tiles, m_tiles,
+                   n_tiles, gathered_width, lying_width, GATHER_LEFT)),
     ], [4, 4], [CONSUMER_REGS, PRODUCER_REGS])
     # fmt: on

@@ -10,11 +10,11 @@ The memo holds compiled kernels alone, as Triton's own does; it never decides wh
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -71,48 +71,45 @@ class _Launch:
         """
         if 0 in grid:
             return
-        tensor = next(a for a in args if isinstance(a, Tensor))
-        if not isinstance(kernel, triton.runtime.JITFunction):  # the interpreter
-            kernel[grid](*_checked(args), **constexprs, num_warps=num_warps, num_stages=num_stages)
-            return
-        device = tensor.get_device()
-        if device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._launch(kernel, grid, device, args, num_warps, num_stages, constexprs)
-        else:
-            self._launch(kernel, grid, device, args, num_warps, num_stages, constexprs)
-
-    def _launch(self, kernel, grid, device, args, num_warps, num_stages, constexprs) -> None:
-        key: list[Any] = [kernel, device, num_warps, num_stages]
-        pointers = 0
+        # What Triton specialises on: a tensor's dtype and alignment, whether an int is 1 or a multiple of 16, and
+        # whether it needs 64 bits.
+        key: list[Any] = [id(kernel), num_warps, num_stages]
+        pointers, device = 0, None
         for a in args:
-            # What Triton specialises on: a tensor's dtype and alignment, whether an int is 1 or a multiple of 16, and
-            # whether it needs 64 bits.
             if isinstance(a, Tensor):
                 key.append(a.dtype)
                 pointers |= a.data_ptr()
-            elif isinstance(a, int) and not isinstance(a, bool):
-                key.append(1 if a == 1 else (a % 16 == 0, -(2**31) <= a < 2**31))
-            elif isinstance(a, Descriptor):
-                key.append((a.base.dtype, a.block_shape, len(a.shape)))
+                device = device or a.device
+            elif type(a) is int:
+                key.append(1 if a == 1 else (a & 15 == 0, -(2**31) <= a < 2**31))
+            elif type(a) is Descriptor:
+                key.append(a.block_shape)
+                key.append(a.base.dtype)
             else:
-                key.append(a if a is None else type(a))
-        if pointers % 16:  # rare, and then which of them matters: Triton sorts it out
-            kernel[grid](*_checked(args), **constexprs, num_warps=num_warps, num_stages=num_stages)
-            return
+                key.append(type(a))
+        index = device.index
+        key.append(index)
         key.extend(constexprs.values())
         key = tuple(key)
+
         known = self._compiled.get(key)
-        if known is None:
-            compiled = kernel[grid](*_checked(args), **constexprs, num_warps=num_warps, num_stages=num_stages)
-            self._compiled[key] = compiled, kernel.arg_names[len(args) :]
-        else:
-            compiled, names = known
-            compiled[(*grid, 1, 1)](*args, *[constexprs[name] for name in names])
+        current = torch.cuda.current_device() if device.type == "cuda" else index
+        if known is None or pointers & 15 or index != current:
+            compiled = self._through_triton(kernel, grid, device, args, num_warps, num_stages, constexprs)
+            if compiled is not None and not pointers & 15:
+                self._compiled[key] = compiled, kernel.arg_names[len(args) :]
+            return
+        compiled, names = known
+        compiled[(*grid, 1, 1)](*args, *[constexprs[name] for name in names])
 
-
-def _checked(args: tuple[Any, ...]) -> list[Any]:
-    return [a.checked() if isinstance(a, Descriptor) else a for a in args]
+    @staticmethod
+    def _through_triton(kernel, grid, device, args, num_warps, num_stages, constexprs) -> CompiledKernel | None:
+        """The long way: the first time, for a pointer that is not aligned (and then it matters which), and on another
+        device than the current one. None from the interpreter."""
+        args = [a.checked() if isinstance(a, Descriptor) else a for a in args]
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            compiled = kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        return compiled if isinstance(compiled, CompiledKernel) else None
 
 
 launch = _Launch()

@@ -7,7 +7,8 @@ the map from tile to expert, so that a persistent kernel finds its rows with two
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ TILE_ROWS = 128
 
 def max_tiles(num_routes: int, num_experts: int) -> int:
     """The most row tiles that any routing of `num_routes` routes can need: known to the host, unlike their number."""
-    return num_routes // TILE_ROWS + min(num_routes, num_experts)
+    # sym_min: torch.compile may trace with a number of routes that is a symbol, and must not decide on it.
+    return num_routes // TILE_ROWS + torch.sym_min(num_routes, num_experts)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ExpertOrder:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields, in order; ExpertOrder(*tensors) is the same order again."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return tuple(vars(self).values())
 
     def valid_N1(self) -> Tensor:
         """bool [N, 1]: False for the dropped routes at the end."""
@@ -68,6 +70,13 @@ class ExpertOrder:
         """int64 [N], the expert of each sorted route; any valid expert for dropped ones."""
         positions = torch.arange(self.num_routes, device=self.row_N.device)
         return torch.bucketize(positions, self.ends_e.long(), right=True).clamp_(max=self.ends_e.numel() - 1)
+
+
+def order_shapes(idx_shape: tuple[int, ...], num_experts: int, num_routes: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of `sort_by_expert`'s tensors, in their order; any argument may be a symbol."""
+    num_routes = torch.sym_min(num_routes, math.prod(idx_shape))
+    tiles = max_tiles(num_routes, num_experts)
+    return (num_routes,), (num_routes,), tuple(idx_shape), (num_experts,), (1,), (tiles, 4), (num_experts, 3)
 
 
 def sort_by_expert(idx_RK: Tensor, num_experts: int, num_routes: int) -> ExpertOrder:

@@ -9,6 +9,8 @@ own, started first, read them while the others stream.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -110,6 +112,18 @@ def _gather_sum_kernel(
         )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=256)
+def _block(width: int, element_size: int) -> tuple[int, int]:
+    """Rows and columns of a program: one 16-byte load per thread and route, over as many rows as that takes.
+
+    Of the strips that a row can be cut into, those that leave the fewest threads idle past its end.
+    """
+    elements = NUM_WARPS * 32 * 16 // element_size
+    widest = min(elements, max(64, triton.next_power_of_2(width)))
+    block_d = min((widest, widest // 2, widest // 4), key=lambda strip: triton.cdiv(width, strip) * strip)
+    return elements // block_d, block_d
+
+
 def gather_sum(
     y_ND: Tensor, pos_RK: Tensor, ds_PN: Tensor | None = None, extra_RD: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -126,12 +140,7 @@ def gather_sum(
         partial_programs = triton.cdiv(pos_RK.numel(), ROUTES_PER_PROGRAM)
     if not num_rows:
         return out_RD, dweight_RK
-    # One 16-byte load per thread and route, over as many rows as that takes. Of the strips that a row can be cut into,
-    # those that leave the fewest threads idle past its end.
-    elements = NUM_WARPS * 32 * 16 // y_ND.element_size()
-    widest = min(elements, max(64, triton.next_power_of_2(width)))
-    block_d = min((widest, widest // 2, widest // 4), key=lambda strip: triton.cdiv(width, strip) * strip)
-    block_r = elements // block_d
+    block_r, block_d = _block(width, y_ND.element_size())
     programs = partial_programs + triton.cdiv(num_rows, block_r) * triton.cdiv(width, block_d)
     launch(
         _gather_sum_kernel,
