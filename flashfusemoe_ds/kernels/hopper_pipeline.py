@@ -179,19 +179,18 @@ def column_halves(x, N: gl.constexpr):
 def store_by_tma(out_desc, buffer0, buffer1, acc, row, column, wanted):
     """Stores [64, 128] at (row, column) through two [64, 64] buffers and returns while the copies run.
 
-    Half of the copies before may still be read from the buffers; call tma.store_wait(0) at the end. Columns past the
-    descriptor's width are left out by the copy; rows are not checked, hence `wanted`.
+    Call tma.store_wait(0) at the end. Columns past the descriptor's width are left out by the copy; rows are not
+    checked, hence `wanted`.
     """
-    left, right = column_halves(acc, BLOCK_N)
-    tma.store_wait(1)
-    buffer0.store(left.to(buffer0.dtype))
-    fence_async_shared()
-    if wanted:
+    if wanted:  # all of it: store_wait(1) counts on every call having committed both its copies
+        left, right = column_halves(acc, BLOCK_N)
+        tma.store_wait(1)
+        buffer0.store(left.to(buffer0.dtype))
+        fence_async_shared()
         tma_store(out_desc, [row, column], buffer0)
-    tma.store_wait(1)
-    buffer1.store(right.to(buffer1.dtype))
-    fence_async_shared()
-    if wanted:
+        tma.store_wait(1)
+        buffer1.store(right.to(buffer1.dtype))
+        fence_async_shared()
         tma_store(out_desc, [row, column + BLOCK_N // 2], buffer1)
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What kernels compile to for Hopper, without a GPU: registers, spills, shared memory, instructions.
 
-`python -m tests.kernels.census` prints one JSON line per kernel in CASES; test_census.py reads them. Run it with
-TRITON_INTERPRET unset, or there is nothing to compile. To add a kernel, Triton or Gluon, add a function to SOURCES
-that returns its launches: for most, `record` around the call that launches it, on tensors of device "meta".
+`python -m tests.kernels.census [WORD ...]` prints one JSON line per kernel that SOURCES list (and whose source or name
+holds one of the words); test_census.py reads them. Run it with TRITON_INTERPRET unset, or there is nothing to compile.
+To add a kernel, Triton or Gluon, add a function to SOURCES that returns its launches: for most, `record` around the
+call that launches it, on tensors of device "meta".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,7 +39,8 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-# HGMMA: wgmma. LDGSTS: cp.async. UTMALDG, UTMASTG: TMA. LDL, STL: local memory, which is where spills go.
+# HGMMA: wgmma. LDGSTS: cp.async. UTMALDG, UTMASTG: TMA. USETMAXREG: registers moved between the partitions of a
+# warp-specialised kernel. LDL, STL: local memory, which is where spills go.
 INSTRUCTIONS = (
     "HGMMA",
     "HMMA",
@@ -46,6 +48,7 @@ INSTRUCTIONS = (
     "LDGSTS",
     "UTMALDG",
     "UTMASTG",
+    "USETMAXREG",
     "LDL",
     "STL",
     "LDSM",
@@ -63,6 +66,7 @@ class Launch:
     Attributes:
         signature: type of every parameter: "*bf16", "i32", "tensordesc<bf16[1, 128, 64]>", or "constexpr".
         constexprs: values of the latter.
+        divisible: parameters of which the compiler knows that 16 divides them.
         options: num_warps, num_stages and what else the compiler takes.
         expects: instructions that must occur.
         capability: what to compile for; 90 stands for 9.0a, as Triton has it.
@@ -72,6 +76,7 @@ class Launch:
     kernel: Any
     signature: dict[str, str]
     constexprs: dict[str, Any]
+    divisible: tuple[str, ...]
     options: dict[str, Any]
     expects: tuple[str, ...] = ("HGMMA",)
     capability: int = 90
@@ -93,8 +98,6 @@ class Census:
 
 def type_of(value: Any) -> str:
     """A runtime argument's type, as the compiler spells it."""
-    if value is None:
-        return "constexpr"
     if isinstance(value, Tensor):
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, int):
@@ -112,22 +115,26 @@ def describe(
     expects: tuple[str, ...] = ("HGMMA",),
     capability: int = 90,
 ) -> Launch:
-    """The Launch of kernel[grid](*args, **options)."""
+    """The Launch of kernel[grid](*args, **options), specialised as Triton does: an integer 1 is a constant, and of
+    pointers (aligned, as torch allocates them) and other integers it knows whether 16 divides them."""
     names = kernel.arg_names
-    signature = {n: type_of(a) for n, a in zip(names, args, strict=False)}
-    constexprs = {n: None for n, kind in signature.items() if kind == "constexpr"}
+    fixed = {p.name for p in kernel.params if p.do_not_specialize}
+    given = dict(zip(names, args, strict=False))
+    integers = {n: a for n, a in given.items() if isinstance(a, int) and n not in fixed}
+    constexprs = {n: a for n, a in given.items() if a is None or (n in integers and a == 1)}
     constexprs |= {n: v for n, v in options.items() if n in names}
-    signature |= {n: "constexpr" for n in names if n not in signature}
+    signature = {n: "constexpr" if n in constexprs or n not in given else type_of(given[n]) for n in names}
+    divisible = tuple(n for n, kind in signature.items() if kind[0] == "*" or integers.get(n, 1) % 16 == 0)
     options = {n: v for n, v in options.items() if n not in names}
-    return Launch(name, kernel, signature, constexprs, options, expects, capability)
+    return Launch(name, kernel, signature, constexprs, divisible, options, expects, capability)
 
 
 def compile_launch(launch: Launch) -> Census:
-    """Compiles with pointers that 16 divides, as torch allocates them."""
+    """Compiles, and reads registers and instructions off the result."""
     kernel = launch.kernel
     names = kernel.arg_names
     source = GluonASTSource if kernel.is_gluon() else ASTSource
-    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if launch.signature[n].startswith("*")}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in launch.divisible}
     constexprs = {(names.index(n),): value for n, value in launch.constexprs.items()}
     ordered = {n: launch.signature[n] for n in names}
     compiled = triton.compile(
@@ -181,9 +188,13 @@ def meta_order(num_rows: int, top_k: int, num_experts: int) -> ExpertOrder:
 
     tiles = max_tiles(n, num_experts)
     return ExpertOrder(
-        ints(n), ints(n), ints(num_rows, top_k), ints(num_experts), ints(num_experts + 1), ints(tiles),
-        ints(num_experts),
+        ints(n), ints(n), ints(num_rows, top_k), ints(num_experts), ints(1), ints(tiles, 4), ints(num_experts, 3),
     )  # fmt: skip
+
+
+# (rows, D, F, experts, top_k)
+SEED, QWEN3, MIXTRAL = (8192, 1024, 2048, 8, 2), (16384, 2048, 768, 128, 8), (8192, 4096, 14336, 8, 2)
+RAGGED = (4096, 1416, 2824, 32, 4)  # no tile divides these widths: masks everywhere
 
 
 def portable_launches() -> list[Launch]:
@@ -221,27 +232,91 @@ def portable_launches() -> list[Launch]:
             products.dw_up(empty(n, h), order, x)
         return [launch for launch in launches if not only or launch.kernel.__name__ in only]
 
-    qwen3, mixtral, seed = (16384, 2048, 768, 128, 8), (8192, 4096, 14336, 8, 2), (8192, 1024, 2048, 8, 2)
-    ragged = (4096, 1416, 2824, 32, 4)  # no tile divides these widths: masks everywhere
     activate = ("up_kernel", "dgated_kernel")
     return [
-        *run("qwen3", qwen3),
-        *run("mixtral", mixtral, only=("dgated_kernel",)),
-        *run("gelu_tanh with biases", seed, "gelu_tanh", bias=True, only=activate),
-        *run("ragged geglu with biases", ragged, "geglu", bias=True, only=(*activate, "weight_grad_kernel")),
-        *run("seed on sm_80", seed, capability=80, expects=("HMMA", "LDGSTS")),
-        *run("seed in float32", seed, dtype=torch.float32, expects=("FFMA",)),
+        *run("qwen3", QWEN3),
+        *run("mixtral", MIXTRAL, only=("dgated_kernel",)),
+        *run("gelu_tanh with biases", SEED, "gelu_tanh", bias=True, only=activate),
+        *run("ragged geglu with biases", RAGGED, "geglu", bias=True, only=(*activate, "weight_grad_kernel")),
+        *run("seed on sm_80", SEED, capability=80, expects=("HMMA", "LDGSTS")),
+        *run("seed in float32", SEED, dtype=torch.float32, expects=("FFMA",)),
     ]
 
 
-SOURCES: tuple[Callable[[], list[Launch]], ...] = (portable_launches,)
+def hopper_launches() -> list[Launch]:
+    """HopperProducts: every kernel at qwen3's shape, then what other shapes, dtypes and activations change of them.
+
+    The kernels take the shape at run time; of it only what 16 divides, and what 64 divides, is compiled in.
+    """
+    from flashfusemoe_ds.kernels import hopper_products
+
+    products = hopper_products.HopperProducts((9, 0), 132)
+    tma, gather = ("HGMMA", "USETMAXREG", "UTMALDG"), ("HGMMA", "USETMAXREG", "UTMALDG", "LDGSTS")
+
+    def run(
+        name: str,
+        shape: tuple[int, int, int, int, int],
+        activation: str = "swiglu",
+        *,
+        bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        only: tuple[str, ...] = (),
+    ) -> list[Launch]:
+        act, (rows, d, f, experts, top_k) = get_activation(activation), shape
+        h, n = act.up_width(f), rows * top_k
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        order = meta_order(rows, top_k, experts)
+        x, up, down = empty(rows, d), empty(experts, h, d), empty(experts, d, f)
+        b_up, b_down = (empty(experts, h), empty(experts, d)) if bias else (None, None)
+        weight = empty(rows, top_k, dtype=torch.float32)
+        calls: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
+            "up": (gather, lambda: products.up(x, order, up, b_up, weight, act)),
+            "down": (tma, lambda: products.down(empty(n, f), order, down, b_down, weight)),
+            "dgated": (
+                gather,
+                lambda: products.dgated(x, order, down, None, empty(n, h), weight, act, overwrite_h=True),
+            ),
+            "dx": (tma, lambda: products.dx(empty(n, h), order, up)),
+            "dw_down": (gather, lambda: products.dw_down(x, order, empty(n, f))),
+            "dw_up": (gather, lambda: products.dw_up(empty(n, h), order, x)),
+        }
+        launches: list[Launch] = []
+        for product, (expects, call) in calls.items():
+            if not only or product in only:
+                with record(hopper_products, "", expects) as recorded:
+                    call()
+                (launch,) = recorded  # more, or none: a shape that these kernels do not take
+                launches.append(replace(launch, name=f"hopper {name} {product}"))
+        return launches
+
+    launches = [
+        *run("qwen3", QWEN3),
+        *run("mixtral", MIXTRAL, only=("up",)),
+        *run("fp16", QWEN3, dtype=torch.float16, only=("up",)),
+        *run("ragged", RAGGED, only=("up", "down", "dw_up")),
+        *run("biases", SEED, bias=True, only=("up", "down")),
+        *run("geglu", SEED, "geglu", only=("up", "dgated")),
+        *run("geglu_tanh", SEED, "geglu_tanh", only=("up", "dgated")),
+        *run("relu_squared", SEED, "relu_squared", only=("up",)),
+        *run("gelu", SEED, "gelu", only=("up",)),
+        *run("gelu with biases", SEED, "gelu", bias=True, only=("up",)),
+        *run("silu", SEED, "silu", only=("up",)),
+    ]
+    assert len({repr(replace(launch, name="")) for launch in launches}) == len(launches), "the same code twice"
+    return launches
+
+
+SOURCES: tuple[Callable[[], list[Launch]], ...] = (portable_launches, hopper_launches)
 
 
 def main() -> None:
     wanted = sys.argv[1:]
     for source in SOURCES:
         for launch in source():
-            if not wanted or any(word in launch.name for word in wanted):
+            if not wanted or any(word in f"{source.__name__} {launch.name}" for word in wanted):
                 print(json.dumps(asdict(compile_launch(launch))), flush=True)
 
 
