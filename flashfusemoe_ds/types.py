@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -40,9 +41,17 @@ class Routing:
     counts: Tensor | Callable[[], Tensor]
     losses: dict[str, Tensor] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def counts_E(self) -> Tensor:
         """int64 [E], routes per expert before any were dropped."""
+        # In a graph equal nodes are merged, and the lock in Python 3.11's cached_property cannot be traced.
+        return self._count() if torch.compiler.is_compiling() else self._counted
+
+    @cached_property
+    def _counted(self) -> Tensor:
+        return self._count()
+
+    def _count(self) -> Tensor:
         return self.counts() if callable(self.counts) else self.counts
 
 

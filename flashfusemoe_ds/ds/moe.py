@@ -127,6 +127,17 @@ class FusedMOELayer(StockMOELayer):
         self._start(MOE_TIMER)
         routing, self.l_aux = self.gate(x_TD, used_token)
         self.exp_counts = routing.counts_E
+        if self.dispatcher.ep_size > 1 and torch.compiler.is_compiling():
+            from flashfusemoe_ds.nn import compiled  # not at the top: it loads torch's compiler
+
+            y_TD = compiled.outside_graphs(self._through_experts, rows_TD, routing)
+        else:
+            y_TD = self._through_experts(rows_TD, routing)
+        self._stop(MOE_TIMER, "time_moe")
+        return y_TD.reshape(hidden_states.shape)
+
+    def _through_experts(self, rows_TD: Tensor, routing: Routing) -> Tensor:
+        """Dispatch, experts, combine, timed and counted."""
         self._start(FIRST_ALLTOALL_TIMER)
         sent = dispatch(self.dispatcher, rows_TD, routing)
         self._stop(FIRST_ALLTOALL_TIMER, "time_falltoall")
@@ -136,8 +147,7 @@ class FusedMOELayer(StockMOELayer):
         self._start(SECOND_ALLTOALL_TIMER)
         y_TD = combine(self.dispatcher, y_RD, sent.handle)
         self._stop(SECOND_ALLTOALL_TIMER, "time_salltoall")
-        self._stop(MOE_TIMER, "time_moe")
-        return y_TD.reshape(hidden_states.shape)
+        return y_TD
 
     def _start(self, timer: str) -> None:
         if self.wall_clock_breakdown:

@@ -8,9 +8,13 @@ The routing weight multiplies the activation, before the down-projection. The su
 which is what a transport that adds up ranks needs, and the backward needs neither Y nor A.
 
 No floating-point atomics: sums run in a fixed order, so equal inputs give equal bits.
+
+Eager mode wraps the two functions in an autograd Function, torch.compile in the operators of operators.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,38 +28,58 @@ from flashfusemoe_ds.kernels.products import ExpertProducts
 from flashfusemoe_ds.kernels.segment_sum import segment_sum
 
 
-class _Experts(torch.autograd.Function):
-    """The stage as one autograd node, so that what it keeps is chosen here and not by autograd."""
+def experts_forward(
+    x_RD: Tensor,
+    weight_RK: Tensor,
+    w_up_eHD: Tensor,
+    w_down_eDF: Tensor,
+    b_up_eH: Tensor | None,
+    b_down_eD: Tensor | None,
+    idx_RK: Tensor,
+    num_routes: int,
+    activation: Activation,
+    products: ExpertProducts,
+) -> tuple[Tensor, Tensor, ExpertOrder]:
+    """The stage without autograd; arguments as in `experts`. Returns y [R, D], H [N, H] and the routes' order."""
+    with without_autocast(x_RD.device.type):
+        order = sort_by_expert(idx_RK, w_up_eHD.shape[0], num_routes)
+        h_NH, a_NF = products.up(x_RD, order, w_up_eHD, b_up_eH, weight_RK, activation)
+        y_ND = products.down(a_NF, order, w_down_eDF, b_down_eD, weight_RK)
+        return gather_sum(y_ND, order.pos_RK), h_NH, order
 
-    @staticmethod
-    def forward(ctx, x_RD, weight_RK, w_up, w_down, b_up, b_down, idx_RK, num_routes, activation, products, recompute):
-        order = sort_by_expert(idx_RK, w_up.shape[0], num_routes)
-        h_NH, a_NF = products.up(x_RD, order, w_up, b_up, weight_RK, activation)
-        y_ND = products.down(a_NF, order, w_down, b_down, weight_RK)
-        kept_h = None if recompute else h_NH
-        ctx.save_for_backward(x_RD, kept_h, weight_RK, w_up, w_down, b_up, b_down, *order.tensors())
-        ctx.activation, ctx.products = activation, products
-        return gather_sum(y_ND, order.pos_RK)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout_RD):
-        # A backward may be called inside autocast, which would cast the products below.
-        with without_autocast(dout_RD.device.type):
-            return _Experts._backward(ctx, dout_RD)
+def experts_backward(
+    dout_RD: Tensor,
+    x_RD: Tensor,
+    h_NH: Tensor | None,
+    weight_RK: Tensor,
+    w_up_eHD: Tensor,
+    w_down_eDF: Tensor,
+    b_up_eH: Tensor | None,
+    b_down_eD: Tensor | None,
+    order: ExpertOrder,
+    activation: Activation,
+    products: ExpertProducts,
+    needs: Sequence[bool],
+    *,
+    overwrite_h: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of (x, weight, w_up, w_down, b_up, b_down), None where `needs` says that nobody asks.
 
-    @staticmethod
-    def _backward(ctx, dout_RD):
-        x_RD, h_NH, weight_RK, w_up, w_down, b_up, b_down, *fields = ctx.saved_tensors
-        need_x, need_weight, need_w_up, need_w_down, need_b_up, need_b_down = ctx.needs_input_grad[:6]
-        products, activation, order = ctx.products, ctx.activation, ExpertOrder(*fields)
-        # dH takes H's memory, unless a second backward through this graph may ask for H again.
-        overwrite_h = h_NH is None or not _graph_is_kept()
+    Args:
+        dout_RD: [R, D], the gradient of y.
+        h_NH: H as the forward returned it; None to compute it again.
+        overwrite_h: let dH take the memory of the H that was passed.
+    """
+    need_x, need_weight, need_w_up, need_w_down, need_b_up, need_b_down = needs
+    # A backward may be called inside autocast, which would cast the products.
+    with without_autocast(dout_RD.device.type):
         if h_NH is None:
-            h_NH, _ = products.up(x_RD, order, w_up, b_up, weight_RK, activation)
+            h_NH, _ = products.up(x_RD, order, w_up_eHD, b_up_eH, weight_RK, activation)
+            overwrite_h = True
         dout_RD = dout_RD.contiguous()
         dh_NH, a_NF, ds_PN = products.dgated(
-            dout_RD, order, w_down, b_down, h_NH, weight_RK, activation, overwrite_h=overwrite_h
+            dout_RD, order, w_down_eDF, b_down_eD, h_NH, weight_RK, activation, overwrite_h=overwrite_h
         )
         del h_NH
 
@@ -64,18 +88,42 @@ class _Experts(torch.autograd.Function):
             dw_down = products.dw_down(dout_RD, order, a_NF)
         del a_NF
         if need_x:
-            dx, dweight = gather_sum_and_partials(products.dx(dh_NH, order, w_up), order.pos_RK, ds_PN)
+            dx, dweight = gather_sum_and_partials(products.dx(dh_NH, order, w_up_eHD), order.pos_RK, ds_PN)
         elif need_weight:
             dweight = gather_partials(ds_PN, order.pos_RK)
-        if need_weight:
-            dweight = dweight.to(weight_RK.dtype)
+        dweight = dweight.to(weight_RK.dtype) if need_weight else None
         if need_w_up:
             dw_up = products.dw_up(dh_NH, order, x_RD)
         if need_b_down:
-            db_down = segment_sum(dout_RD, order, b_down.dtype, weight_RK)
+            db_down = segment_sum(dout_RD, order, b_down_eD.dtype, weight_RK)
         if need_b_up:
-            db_up = segment_sum(dh_NH, order, b_up.dtype)
-        return dx, dweight, dw_up, dw_down, db_up, db_down, None, None, None, None, None
+            db_up = segment_sum(dh_NH, order, b_up_eH.dtype)
+        return dx, dweight, dw_up, dw_down, db_up, db_down
+
+
+class _Experts(torch.autograd.Function):
+    """The stage as one autograd node, so that what it keeps is chosen here and not by autograd."""
+
+    @staticmethod
+    def forward(ctx, x_RD, weight_RK, w_up, w_down, b_up, b_down, idx_RK, num_routes, activation, products, recompute):
+        out_RD, h_NH, order = experts_forward(
+            x_RD, weight_RK, w_up, w_down, b_up, b_down, idx_RK, num_routes, activation, products
+        )
+        kept_h = None if recompute else h_NH
+        ctx.save_for_backward(x_RD, kept_h, weight_RK, w_up, w_down, b_up, b_down, *order.tensors())
+        ctx.activation, ctx.products = activation, products
+        return out_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_RD):
+        saved = ctx.saved_tensors  # once: activation checkpointing hands it out once
+        grads = experts_backward(
+            dout_RD, *saved[:7], ExpertOrder(*saved[7:]), ctx.activation, ctx.products, ctx.needs_input_grad[:6],
+            # dH takes H's memory, unless a second backward through this graph may ask for H again.
+            overwrite_h=not _graph_is_kept(),
+        )  # fmt: skip
+        return *grads, None, None, None, None, None
 
 
 def _graph_is_kept() -> bool:
@@ -114,6 +162,13 @@ def experts(
     """
     if num_routes is None:
         num_routes = idx_RK.numel()
+    if torch.compiler.is_compiling():
+        from flashfusemoe_ds.kernels import operators  # not at the top: it imports this module
+
+        return operators.experts(
+            x_RD, weight_RK, w_up_eHD, w_down_eDF, b_up_eH, b_down_eD, idx_RK, num_routes, activation.name,
+            products.name, recompute,
+        )[0]  # fmt: skip
     return _Experts.apply(
         x_RD, weight_RK, w_up_eHD, w_down_eDF, b_up_eH, b_down_eD, idx_RK, num_routes, activation, products, recompute
     )

@@ -15,6 +15,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
     """A context in which autocast casts nothing. A backward may be called inside autocast, a forward often is."""
-    if torch.is_autocast_enabled(device_type):
+    # While a graph is traced, always: a backward is looked at in its forward's context, but runs outside of it.
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()  # 10 us cheaper, four times a step

@@ -633,20 +633,24 @@ def gate_gradients(
         num_warps=NUM_WARPS,
     )
     dx = dgate = None
-    if parts == 1:
+    # A backward may be called inside autocast, which would cast the products.
+    with without_autocast(x_TD.device.type):
+        if parts == 1:
+            if need_x:
+                dx = (dlogits @ gate_ED.float()).to(x_TD.dtype)
+            if need_gate:
+                dgate = (dlogits.T @ x_TD.float()).to(gate_ED.dtype)
+            return dx, dgate
         if need_x:
-            dx = (dlogits @ gate_ED.float()).to(x_TD.dtype)
+            dx = _mm16(dlogits[:, num_experts:], stacked)
         if need_gate:
-            dgate = (dlogits.T @ x_TD.float()).to(gate_ED.dtype)
-        return dx, dgate
-    if need_x:
-        dx = _mm16(dlogits[:, num_experts:], stacked)
+            dgate_parts = _mm32(dlogits[:, : 3 * num_experts].T, x_TD)
     if need_gate:
         dgate = torch.empty_like(gate_ED)
         launch(
             _add_parts_kernel,
             (triton.cdiv(dgate.numel(), COPY_BLOCK),),
-            _mm32(dlogits[:, : 3 * num_experts].T, x_TD),
+            dgate_parts,
             dgate,
             dgate.numel(),
             BLOCK=COPY_BLOCK,
@@ -662,14 +666,28 @@ def _mm16(a: Tensor, b: Tensor) -> Tensor:
 # ---- autograd
 
 
+def route_forward(
+    x_TD: Tensor,
+    gate_ED: Tensor,
+    bias_E: Tensor | None,
+    rule: Rule,
+    aux_loss_coeff: float,
+    z_loss_coeff: float,
+    count: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`route` without autograd. Returns what `choose` does."""
+    with without_autocast(x_TD.device.type):
+        product, is_split = gate_product(x_TD, gate_ED)
+        return choose(product, is_split, bias_E, rule, aux_loss_coeff, z_loss_coeff, count)
+
+
 class _Route(torch.autograd.Function):
     """The router as one node, so that what it keeps is chosen here: x, the gate, the logits, the indices."""
 
     @staticmethod
     def forward(ctx, x_TD, gate_ED, bias_E, rule, aux_loss_coeff, z_loss_coeff, count):
-        product, is_split = gate_product(x_TD, gate_ED)
-        logits_TE, idx_TK, weight_TK, counts_E, aux_loss, z_loss = choose(
-            product, is_split, bias_E, rule, aux_loss_coeff, z_loss_coeff, count
+        logits_TE, idx_TK, weight_TK, counts_E, aux_loss, z_loss = route_forward(
+            x_TD, gate_ED, bias_E, rule, aux_loss_coeff, z_loss_coeff, count
         )
         ctx.save_for_backward(x_TD, gate_ED, logits_TE, idx_TK, counts_E if aux_loss is not None else None)
         ctx.rule, ctx.coeffs = rule, (aux_loss_coeff, z_loss_coeff)
@@ -683,12 +701,10 @@ class _Route(torch.autograd.Function):
         x_TD, gate_ED, logits_TE, idx_TK, counts_E = ctx.saved_tensors
         if dweight_TK is None and daux is None and dz is None:
             return (None,) * 7
-        # A backward may be called inside autocast, which would cast the products.
-        with without_autocast(x_TD.device.type):
-            dx, dgate = gate_gradients(
-                x_TD, gate_ED, logits_TE, idx_TK, counts_E, dweight_TK, daux, dz, ctx.rule, *ctx.coeffs,
-                need_x=ctx.needs_input_grad[0], need_gate=ctx.needs_input_grad[1],
-            )  # fmt: skip
+        dx, dgate = gate_gradients(
+            x_TD, gate_ED, logits_TE, idx_TK, counts_E, dweight_TK, daux, dz, ctx.rule, *ctx.coeffs,
+            need_x=ctx.needs_input_grad[0], need_gate=ctx.needs_input_grad[1],
+        )  # fmt: skip
         return dx, dgate, None, None, None, None, None
 
 
@@ -725,5 +741,8 @@ def route(
         idx_TK int64; weight_TK float32; counts_E int64 [E], routes per expert, or None; the auxiliary and the z-loss,
         float32 scalars, or None. Of equal scores the lower expert wins; a NaN counts as the largest.
     """
-    with without_autocast(x_TD.device.type):
-        return _Route.apply(x_TD, gate_ED, bias_E, rule, aux_loss_coeff, z_loss_coeff, count)
+    if torch.compiler.is_compiling():
+        from flashfusemoe_ds.kernels import operators  # not at the top: it imports this module
+
+        return operators.route_by_rule(x_TD, gate_ED, bias_E, rule, aux_loss_coeff, z_loss_coeff, count)
+    return _Route.apply(x_TD, gate_ED, bias_E, rule, aux_loss_coeff, z_loss_coeff, count)

@@ -52,13 +52,18 @@ def select_products(requested: str | None, x: Tensor, widths: tuple[int, ...], n
 
     None leaves the choice to `fastest_products`. ValueError if the requested one cannot run on these operands.
     """
-    return _select(requested, x.dtype, x.device, widths, num_experts)
+    if torch.compiler.is_compiling():
+        from flashfusemoe_ds.kernels import operators  # not at the top: it imports this module, and torch's compiler
+
+        return operators.NamedProducts(operators.select_name(requested, x.dtype, x.device, widths, num_experts))
+    return select(requested, x.dtype, x.device, widths, num_experts)
 
 
 @functools.lru_cache(maxsize=1024)  # every layer asks twice a step, and gets what the first one got
-def _select(
+def select(
     requested: str | None, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], num_experts: int
 ) -> ExpertProducts:
+    """`select_products`, of a dtype and a device."""
     check_gemm_backend(requested)
     operands = (dtype, device, widths, num_experts)
     if requested is None:

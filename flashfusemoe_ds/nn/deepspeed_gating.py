@@ -12,6 +12,7 @@ of used tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +37,18 @@ class DeepSpeedGating:
     rsample: bool
 
 
+def _float32(value: float) -> float:
+    """The nearest float32. In Python arithmetic, which torch.compile can evaluate: a tensor's value would be data."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)
+
+
 def _uniform(like: Tensor, low: float, high: float) -> Tensor:
     """The draws of torch.distributions.Uniform, bit for bit, without its constants' copies to the GPU."""
-    low32, high32 = torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
+    low32, high32 = _float32(low), _float32(high)
     # Not rand_like: it draws in the order of memory, which differs for a transposed tensor.
     draws = torch.rand(like.shape, dtype=torch.float32, device=like.device)
-    return draws * float(high32 - low32) + float(low32)
+    return draws * _float32(high32 - low32) + low32
 
 
 def jitter(x_TD: Tensor, epsilon: float = 1e-2) -> Tensor:
@@ -57,9 +64,8 @@ def gumbel_noise(logits: Tensor) -> Tensor:
 
 def capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_capacity: int) -> int:
     """ceil(T / E * factor), the product in float32 as DeepSpeed has it, at least min_capacity."""
-    factor = torch.tensor(capacity_factor, dtype=torch.float32)
-    wanted = torch.ceil((num_tokens / num_experts) * factor).to(torch.int64)
-    return max(int(wanted), min_capacity)
+    wanted = math.ceil(_float32(_float32(num_tokens / num_experts) * _float32(capacity_factor)))
+    return max(wanted, min_capacity)
 
 
 def deepspeed_gating(

@@ -15,7 +15,7 @@ from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.gather_sum import gather_sum
 from flashfusemoe_ds.kernels.order import sort_by_expert
-from flashfusemoe_ds.kernels.precision import compute_dtype, without_autocast
+from flashfusemoe_ds.kernels.precision import compute_dtype
 from flashfusemoe_ds.kernels.products import ExpertProducts
 from flashfusemoe_ds.kernels.select import check_gemm_backend, select_products
 from flashfusemoe_ds.types import Dispatched
@@ -111,20 +111,19 @@ class GroupedExperts(nn.Module):
         up, down, up_bias, down_bias = under_autocast(
             getattr(self, self.up_name), self.down_proj, getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
         )
-        with without_autocast(x_RD.device.type):
-            return experts(
-                x_RD,
-                sent.idx_RK,
-                sent.weight_RK,
-                up,
-                down,
-                self.activation,
-                self._products(x_RD),
-                b_up_eH=up_bias,
-                b_down_eD=down_bias,
-                num_routes=sent.num_routes,
-                recompute=self.recompute_activations,
-            )
+        return experts(
+            x_RD,
+            sent.idx_RK,
+            sent.weight_RK,
+            up,
+            down,
+            self.activation,
+            self._products(x_RD),
+            b_up_eH=up_bias,
+            b_down_eD=down_bias,
+            num_routes=sent.num_routes,
+            recompute=self.recompute_activations,
+        )
 
 
 class ModuleExperts(nn.Module):
@@ -150,6 +149,13 @@ class ModuleExperts(nn.Module):
         return x_TD
 
     def forward(self, sent: Dispatched) -> Tensor:
+        if torch.compiler.is_compiling():
+            from flashfusemoe_ds.nn import compiled  # not at the top: it loads torch's compiler
+
+            return compiled.outside_graphs(self._run, sent)
+        return self._run(sent)
+
+    def _run(self, sent: Dispatched) -> Tensor:
         order = sort_by_expert(sent.idx_RK, self.num_local_experts, sent.num_routes)
         ends = order.ends_e.tolist()
         outputs = []

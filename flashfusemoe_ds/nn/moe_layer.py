@@ -14,7 +14,6 @@ x [*, D]
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -27,9 +26,16 @@ from flashfusemoe_ds.dispatch.select import check_ep_backend, make_dispatcher
 from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden, check_positive
 from flashfusemoe_ds.nn.experts import GroupedExperts
-from flashfusemoe_ds.nn.router import Gating, Router, limit_routes
+from flashfusemoe_ds.nn.limits import capacity, limit_routes, refuse_overflow
+from flashfusemoe_ds.nn.router import Gating, Router
 from flashfusemoe_ds.nn.shared import SharedExperts
 from flashfusemoe_ds.types import Routing
+
+
+def through_experts(rows_TD: Tensor, routing: Routing, experts: nn.Module, dispatcher: Dispatcher) -> Tensor:
+    """Dispatch, experts, combine: [T, D] -> [T, D], each row the weighted sum of its experts' outputs."""
+    sent = dispatch(dispatcher, rows_TD, routing)
+    return combine(dispatcher, experts(sent), sent.handle)
 
 
 class MoELayer(nn.Module):
@@ -157,8 +163,12 @@ class MoELayer(nn.Module):
         x_TD = hidden_states.reshape(-1, self.d_model)
         rows_TD = self.experts.prepare(x_TD if self.latent_down is None else self.latent_down(x_TD))
         routing = self._limited(self.router(x_TD))
-        sent = dispatch(self.dispatcher, rows_TD, routing)
-        y_TD = combine(self.dispatcher, self.experts(sent), sent.handle)
+        if self.dispatcher.ep_size > 1 and torch.compiler.is_compiling():
+            from flashfusemoe_ds.nn import compiled  # not at the top: it loads torch's compiler
+
+            y_TD = compiled.outside_graphs(through_experts, rows_TD, routing, self.experts, self.dispatcher)
+        else:
+            y_TD = through_experts(rows_TD, routing, self.experts, self.dispatcher)
         if self.latent_up is not None:
             y_TD = self.latent_up(y_TD)
         if self.shared_experts is not None:
@@ -178,34 +188,27 @@ class MoELayer(nn.Module):
 
     def _limited(self, routing: Routing) -> Routing:
         """Applies capacity_factor and max_tokens_per_expert."""
+        num_tokens, num_routes = routing.idx_TK.shape[0], routing.idx_TK.numel()
         limits = [] if self.max_tokens_per_expert is None else [self.max_tokens_per_expert]
         if self.capacity_factor is not None:
-            # In exact arithmetic: as floats, 100 routes over 10 experts at factor 1.1 are a little over 11.
-            limits.append(
-                math.ceil(routing.idx_TK.numel() * Fraction(str(float(self.capacity_factor))) / self.num_experts)
-            )
+            limits.append(capacity(num_routes, self.num_experts, self.capacity_factor))
         if not limits:
             return routing
-        limits.append(routing.idx_TK.shape[0])  # no expert sees a token twice
+        limit = min(*limits, num_tokens)  # no expert sees a token twice
         if self.allow_dropped_tokens:
-            return limit_routes(routing, min(limits))
-        self._refuse_overflow(routing.counts_E, min(limits))
-        return routing
+            return limit_routes(routing, limit)
+        settings = f"max_tokens_per_expert={self.max_tokens_per_expert}, capacity_factor={self.capacity_factor}"
+        if not torch.compiler.is_compiling():
+            refuse_overflow(routing.counts_E, limit, settings, self.ep_group)
+            return routing
+        from flashfusemoe_ds.nn import compiled  # not at the top: it loads torch's compiler
 
-    def _refuse_overflow(self, counts_E: Tensor, limit: int) -> None:
-        """Raises on every rank of the group if any of them exceeds the limit, so that none waits for another."""
-        # Excess and count in one integer, so that one MAX over ranks returns a pair that belongs together.
-        worst_E = (counts_E - limit) * 2**32 + counts_E
-        if self.ep_group is not None:
-            dist.all_reduce(worst_E, op=dist.ReduceOp.MAX, group=self.ep_group)
-        expert = int(worst_E.argmax())
-        excess, most = divmod(int(worst_E[expert]), 2**32)
-        if excess > 0:
-            raise RuntimeError(
-                f"expert {expert} was chosen {most} times on one rank, where its limit is {most - excess} "
-                f"(max_tokens_per_expert={self.max_tokens_per_expert}, capacity_factor={self.capacity_factor}); raise "
-                "the limit, set allow_dropped_tokens=True, or leave both limits out to drop nothing"
-            )
+        if self.dispatcher.ep_size > 1:
+            compiled.outside_graphs(refuse_overflow, routing.counts_E, limit, settings, self.ep_group)
+            return routing
+        counts_E = routing.counts_E
+        idx_TK = compiled.refuse_overflow(routing.idx_TK, counts_E, limit, settings)
+        return Routing(idx_TK, routing.weight_TK, counts_E, routing.losses)
 
     def extra_repr(self) -> str:
         shown: dict[str, Any] = {"d_model": self.d_model, "num_experts": self.num_experts, "top_k": self.top_k}

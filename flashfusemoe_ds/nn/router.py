@@ -331,25 +331,3 @@ class Router(nn.Module):
             raise ValueError("gating.expert_bias is False; there is no bias to update")
         self.expert_bias.copy_(balanced_bias(self.expert_bias, self.routed_counts, self.gating.bias_update_rate))
         self.routed_counts.zero_()
-
-
-def limit_routes(routing: Routing, limit: int) -> Routing:
-    """Drops each expert's routes beyond `limit` on this rank: its largest weights stay, earlier tokens first if equal.
-
-    Weights of the survivors are left as they are.
-    """
-    idx_TK, num_experts = routing.idx_TK, routing.counts_E.numel()
-    flat = idx_TK.reshape(-1)
-    key = torch.where(flat < 0, num_experts, flat)
-    by_weight = torch.argsort(routing.weight_TK.detach().reshape(-1), descending=True, stable=True)
-    order = by_weight[torch.argsort(key[by_weight], stable=True)]
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
-    counts.scatter_add_(0, key, torch.ones_like(key))
-    start = counts.cumsum(0) - counts
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device) - start[key[order]]
-    # A NaN weight keeps its route, so that it reaches the output.
-    kept_TK = ((place < limit) & (flat >= 0)).view_as(idx_TK) | torch.isnan(routing.weight_TK)
-    return Routing(
-        torch.where(kept_TK, idx_TK, -1), torch.where(kept_TK, routing.weight_TK, 0), routing.counts_E, routing.losses
-    )

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from flashfusemoe_ds.kernels import reference
+from flashfusemoe_ds.nn.limits import limit_routes
 from flashfusemoe_ds.nn.losses import balanced_bias, load_balancing_loss, router_z_loss
-from flashfusemoe_ds.nn.router import GATINGS, Gating, Router, limit_routes, route, router_logits
+from flashfusemoe_ds.nn.router import GATINGS, Gating, Router, route, router_logits
 from flashfusemoe_ds.types import Routing
 from tests.close import relative_error
 
