@@ -48,9 +48,17 @@ class Descriptor:
         return GluonDescriptor(self.base, shape, strides, block, self.layout)
 
 
+@dataclass(slots=True)
+class _Known:
+    kernel: Any  # kept, since the memo's key has its id
+    compiled: CompiledKernel
+    constexprs: list[Any]  # in the order of the signature
+    last: tuple[Any, Any] = (None, None)  # a grid and compiled[grid]: layers of one shape launch one grid
+
+
 class _Launch:
     def __init__(self) -> None:
-        self._compiled: dict[tuple[Any, ...], tuple[CompiledKernel, list[str]]] = {}
+        self._known: dict[tuple[Any, ...], _Known] = {}
 
     def __call__(
         self,
@@ -89,18 +97,21 @@ class _Launch:
                 key.append(type(a))
         index = device.index
         key.append(index)
-        key.extend(constexprs.values())
+        key.extend(constexprs.items())
         key = tuple(key)
 
-        known = self._compiled.get(key)
+        known = self._known.get(key)
         current = torch.cuda.current_device() if device.type == "cuda" else index
         if known is None or pointers & 15 or index != current:
             compiled = self._through_triton(kernel, grid, device, args, num_warps, num_stages, constexprs)
             if compiled is not None and not pointers & 15:
-                self._compiled[key] = compiled, kernel.arg_names[len(args) :]
+                names = kernel.arg_names[len(args) :]
+                self._known[key] = _Known(kernel, compiled, [constexprs[name] for name in names])
             return
-        compiled, names = known
-        compiled[(*grid, 1, 1)](*args, *[constexprs[name] for name in names])
+        last = known.last  # one read: autograd's thread may launch the same kernel
+        if last[0] != grid:
+            known.last = last = grid, known.compiled[(*grid, 1, 1)]
+        last[1](*args, *known.constexprs)
 
     @staticmethod
     def _through_triton(kernel, grid, device, args, num_warps, num_stages, constexprs) -> CompiledKernel | None:

@@ -21,6 +21,14 @@ from flashfusemoe_ds.kernels.select import check_gemm_backend, select_products
 from flashfusemoe_ds.types import Dispatched
 
 
+def dtype_under_autocast(t: Tensor) -> torch.dtype:
+    """The dtype that `under_autocast` gives the tensor."""
+    device = t.device.type
+    if t.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return t.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on, but for float64: as torch's own matrix products do."""
     device = next(t.device.type for t in tensors if t is not None)
@@ -100,9 +108,10 @@ class GroupedExperts(nn.Module):
     def prepare(self, x_TD: Tensor) -> Tensor:
         """The rows to dispatch, in the dtype the experts compute in. ValueError for what they cannot take: here,
         before any rank waits for another."""
-        x_TD, down = under_autocast(x_TD, self.down_proj[:0])
-        if x_TD.dtype != down.dtype:
-            raise ValueError(f"input is {x_TD.dtype}, the experts' parameters {down.dtype}; cast one or use autocast")
+        (x_TD,) = under_autocast(x_TD)
+        dtype = dtype_under_autocast(self.down_proj)
+        if x_TD.dtype != dtype:
+            raise ValueError(f"input is {x_TD.dtype}, the experts' parameters {dtype}; cast one or use autocast")
         self._products(x_TD)
         return x_TD
 

@@ -160,7 +160,7 @@ class MoELayer(nn.Module):
             RuntimeError: an expert exceeds its limit and dropping is not allowed.
         """
         check_hidden("MoELayer", hidden_states, self.d_model, self.router.weight)
-        x_TD = hidden_states.reshape(-1, self.d_model)
+        x_TD = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, self.d_model)
         rows_TD = self.experts.prepare(x_TD if self.latent_down is None else self.latent_down(x_TD))
         routing = self._limited(self.router(x_TD))
         if self.dispatcher.ep_size > 1 and torch.compiler.is_compiling():
@@ -173,7 +173,7 @@ class MoELayer(nn.Module):
             y_TD = self.latent_up(y_TD)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
-        return y_TD.reshape(hidden_states.shape), routing.losses
+        return (y_TD if hidden_states.dim() == 2 else y_TD.reshape(hidden_states.shape)), routing.losses
 
     @torch.no_grad()
     def update_expert_bias(self, group: dist.ProcessGroup | None = None) -> None:
