@@ -26,7 +26,7 @@ import torch.distributed
 import flashfusemoe_ds
 from flashfusemoe_ds.dispatch.select import EP_BACKENDS, resolve_hybrid, why_not
 from flashfusemoe_ds.kernels.grouped_gemm import TorchGroupedGemm
-from flashfusemoe_ds.kernels.select import why_not_triton
+from flashfusemoe_ds.kernels.select import why_not_hopper, why_not_triton
 
 # Compiled against one torch or one driver, so that an installed one may still not load.
 COMPILED_PACKAGES = ("triton", "deep_ep")
@@ -272,13 +272,22 @@ def _what_it_uses(name: str) -> str:
 def _gemm_backends() -> list[Backend]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    for name, usable_how in (("triton", "kernels of this package"), ("grouped_mm", "torch._grouped_mm")):
+    for name in ("triton", "grouped_mm"):
         for dtype in GEMM_DTYPES:
             reason = _or_error(_why_not_gemm, name, dtype, device)
+            usable_how = _triton_kernels(dtype, device) if name == "triton" else f"torch._grouped_mm on {device.type}"
             value = f"{name} ({str(dtype).removeprefix('torch.')})"
-            rows.append(Backend("gemm_backend", value, not reason, reason or f"{usable_how} on {device.type}"))
+            rows.append(Backend("gemm_backend", value, not reason, reason or usable_how))
     rows.append(Backend("gemm_backend", "reference", True, "one product per expert; any dtype and device"))
     return rows
+
+
+def _triton_kernels(dtype: torch.dtype, device: torch.device) -> str:
+    """Which of the package's kernels the triton backend takes."""
+    if dtype is torch.float32:
+        return "portable kernels: the Hopper kernels take 16-bit operands"
+    reason = why_not_hopper(device)
+    return f"portable kernels: of the Hopper kernels, {reason}" if reason else "Hopper kernels"
 
 
 def _why_not_gemm(name: str, dtype: torch.dtype, device: torch.device) -> str:

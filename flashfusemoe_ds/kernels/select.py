@@ -80,8 +80,9 @@ def fastest_products(
 ) -> ExpertProducts:
     """What an omitted gemm_backend stands for.
 
-    On CUDA triton, which was fastest for every product of every shape measured on Hopper (docs/kernels.md); a CPU can
-    only interpret Triton, and does not: grouped_mm there where it runs, else reference.
+    On CUDA triton, as fast as grouped_mm with the gathers that it needs or faster, for every product of every shape
+    measured on Hopper (docs/kernels.md); a CPU can only interpret Triton, and does not: grouped_mm there where it runs,
+    else reference.
     """
     order = ("triton", "grouped_mm", "reference") if device.type == "cuda" else ("grouped_mm", "reference")
     return _make(next(name for name in order if _why_not(name, dtype, device, widths, num_experts) is None), device)
