@@ -81,8 +81,8 @@ def fastest_products(
     """What an omitted gemm_backend stands for.
 
     On CUDA triton, as fast as grouped_mm with the gathers that it needs or faster, for every product of every shape
-    measured on Hopper (docs/kernels.md); a CPU can only interpret Triton, and does not: grouped_mm there where it runs,
-    else reference.
+    measured on Hopper (docs/kernels.md). A CPU can only interpret Triton, and does not: grouped_mm there where it
+    runs, else reference.
     """
     order = ("triton", "grouped_mm", "reference") if device.type == "cuda" else ("grouped_mm", "reference")
     return _make(next(name for name in order if _why_not(name, dtype, device, widths, num_experts) is None), device)
