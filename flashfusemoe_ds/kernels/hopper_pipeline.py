@@ -11,9 +11,9 @@ A program is three partitions of four warps each, and runs one per multiprocesso
 waits for both consumers. The halves drift apart by up to STAGES steps, so one finishes a tile while the other still
 multiplies, and the producer is already loading the next tile for both.
 
-The result is 128 x 256, as two accumulators of 128 columns: the two halves of the columns, or gate and up of the same
-128. A step reads 48 KiB for 2 * 128 * 256 * 64 operations, 85 a byte; 128 x 128 would be 64 a byte, which L2 (about
-8.5 TB/s to the multiprocessors) turns into a ceiling of 540 TFLOP/s.
+The result is 128 x 256, as two accumulators of 128 columns: the two halves of the columns, or gate and up of the
+same 128 (dW_up: 256 x 128, see `multiply`). A step reads 48 KiB for 2 * 128 * 256 * 64 operations, 85 a byte.
+128 x 128 would be 64 a byte; 9.2 TB/s, the most that L2 was seen to give, would then be a ceiling of 590 TFLOP/s.
 """
 
 from triton.experimental import gluon

@@ -2,8 +2,8 @@
 """Kernel launches that skip most of Triton's Python.
 
 `kernel[grid](...)` binds arguments, looks at each for what it may specialise on, builds a key and compares the
-kernel's globals before it launches: 50 to 80 us for these kernels, 13 of which make a layer's step, which on small
-layers is more than the GPU needs. `launch` builds a smaller key and calls the compiled kernel itself.
+kernel's globals before it launches: 35 to 90 us for these kernels, 13 of which make a layer's step, which on small
+layers is more than the GPU needs. `launch` builds a smaller key and calls the compiled kernel itself: 16 us.
 
 The memo holds compiled kernels alone, as Triton's own does; it never decides what is computed.
 """
