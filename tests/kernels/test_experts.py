@@ -18,7 +18,7 @@ from flashfusemoe_ds.kernels.select import select_products
 from tests.close import relative_error, value_and_grads
 
 REFERENCE, GROUPED_MM = TorchProducts(ReferenceGemm()), TorchProducts(TorchGroupedGemm())
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
 def make_case(rows: int, top_k: int, num_experts: int, width: int, inner: int, activation: str, seed: int = 0):
