@@ -24,6 +24,27 @@ class DeepEPConfig(_Section):
     max_tokens_per_rank: int = Field(8192, ge=1, description="Most tokens one rank sends in one call.")
 
 
+class SymmMemConfig(_Section):
+    """Settings of `ep_backend: "symm_mem"`."""
+
+    num_sms: int = Field(24, ge=1, description="Streaming multiprocessors given to the exchange.")
+    max_tokens_per_rank: int = Field(
+        8192, ge=1, description="Most tokens one rank sends in one call; buffers are sized for it."
+    )
+
+
+class OverlapConfig(_Section):
+    """What runs beside the exchange between expert-parallel ranks."""
+
+    shared_experts: bool = Field(
+        True, description="Shared experts run on a side stream, under dispatch and combine and their backward."
+    )
+    input_grad: bool = Field(True, description="The experts' input gradient travels while their dW is computed.")
+    router_grad: bool = Field(
+        True, description="The router's backward runs while the experts' input gradient travels; needs input_grad."
+    )
+
+
 class FlashFuseMoEConfig(_Section):
     """Everything the section can say. Unknown keys and wrong values raise ValueError before any collective."""
 
@@ -47,6 +68,10 @@ class FlashFuseMoEConfig(_Section):
         False, description="Keep only the layer's input for the backward and recompute the up-projection."
     )
     deep_ep: DeepEPConfig = Field(default_factory=DeepEPConfig, description="Settings of the deep_ep transport.")
+    symm_mem: SymmMemConfig = Field(default_factory=SymmMemConfig, description="Settings of the symm_mem transport.")
+    overlap: OverlapConfig = Field(
+        default_factory=OverlapConfig, description="What runs beside the exchange between ranks."
+    )
 
     @classmethod
     def from_section(cls, section: Mapping[str, Any] | None) -> FlashFuseMoEConfig:
@@ -75,7 +100,8 @@ class FlashFuseMoEConfig(_Section):
 
 
 def _model_at(location: tuple[Any, ...]) -> type[BaseModel]:
-    return DeepEPConfig if location and location[0] == "deep_ep" else FlashFuseMoEConfig
+    sections = {"deep_ep": DeepEPConfig, "symm_mem": SymmMemConfig, "overlap": OverlapConfig}
+    return sections.get(location[0], FlashFuseMoEConfig) if location else FlashFuseMoEConfig
 
 
 def _sentence(item: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from flashfusemoe_ds.dispatch.base import Combined, Pending
 from flashfusemoe_ds.types import Dispatched
 
 
@@ -58,7 +59,10 @@ class NcclDispatcher:
             raise ValueError(f"ep_size is {self.ep_size}; it must divide num_experts ({num_experts})")
         self.num_local_experts = num_experts // self.ep_size
 
-    def dispatch(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Dispatched:
+    def start_dispatch(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Pending[Dispatched]:
+        return Pending(lambda: self._dispatch(x_TD, idx_TK, weight_TK))
+
+    def _dispatch(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Dispatched:
         rank_TK = torch.where(idx_TK >= 0, idx_TK // self.num_local_experts, -1)
         ranks_P = torch.arange(self.ep_size, device=idx_TK.device)
         routes_TP = (rank_TK.unsqueeze(2) == ranks_P).sum(1)
@@ -71,32 +75,38 @@ class NcclDispatcher:
         idx_SK = torch.where(mine_SK, idx_SK - dest_S1 * self.num_local_experts, -1)
         # Weights first: a view as a wider type needs an aligned start.
         words_SW = torch.cat([weight_TK[exchange.token_S].view(torch.int32), idx_SK.to(torch.int32)], dim=1)
-        words_RW = self._all_to_all(words_SW, exchange.recv_counts, exchange.send_counts)
+        words_RW = self._start_all_to_all(words_SW, exchange.recv_counts, exchange.send_counts).wait()
 
         return Dispatched(
-            x_RD=self.redispatch(x_TD, exchange),
+            x_RD=self.start_redispatch(x_TD, exchange).wait(),
             idx_RK=words_RW[:, -top_k:].long(),
             weight_RK=words_RW[:, :-top_k].flatten().view(weight_TK.dtype).view(-1, top_k),
             num_routes=num_routes,
             handle=exchange,
         )
 
-    def redispatch(self, x_TD: Tensor, handle: Exchange) -> Tensor:
-        return self._all_to_all(x_TD[handle.token_S], handle.recv_counts, handle.send_counts)
+    def start_redispatch(self, x_TD: Tensor, handle: Exchange) -> Pending[Tensor]:
+        return self._start_all_to_all(x_TD[handle.token_S], handle.recv_counts, handle.send_counts)
 
-    def combine(self, y_RD: Tensor, handle: Exchange, weight_RK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        home_TD = self._sum_home(y_RD, handle)
-        return home_TD, None if weight_RK is None else self._sum_home(weight_RK, handle)
+    def start_combine(self, y_RD: Tensor, handle: Exchange, weight_RK: Tensor | None = None) -> Combined:
+        # Weights first: they are small, and the router's backward waits for them alone.
+        weights = None if weight_RK is None else self._start_sum_home(weight_RK, handle)
+        return Combined(self._start_sum_home(y_RD, handle), weights)
 
-    def _sum_home(self, rows_RW: Tensor, handle: Exchange) -> Tensor:
+    def _start_sum_home(self, rows_RW: Tensor, handle: Exchange) -> Pending[Tensor]:
         """Returns rows to the ranks they came from and adds each token's, in rank order, in float32 or better."""
-        rows_SW = self._all_to_all(rows_RW, handle.send_counts, handle.recv_counts)
-        acc = torch.promote_types(rows_SW.dtype, torch.float32)
-        padded = torch.cat([rows_SW, rows_SW.new_zeros(1, rows_SW.shape[1])])
-        total = torch.zeros(handle.slot_TJ.shape[0], rows_SW.shape[1], dtype=acc, device=rows_SW.device)
-        for slot_T in handle.slot_TJ.unbind(1):
-            total += padded.index_select(0, slot_T)
-        return total.to(rows_SW.dtype)
+        travelling = self._start_all_to_all(rows_RW, handle.send_counts, handle.recv_counts)
+
+        def add_up() -> Tensor:
+            rows_SW = travelling.wait()
+            acc = torch.promote_types(rows_SW.dtype, torch.float32)
+            padded = torch.cat([rows_SW, rows_SW.new_zeros(1, rows_SW.shape[1])])
+            total = torch.zeros(handle.slot_TJ.shape[0], rows_SW.shape[1], dtype=acc, device=rows_SW.device)
+            for slot_T in handle.slot_TJ.unbind(1):
+                total += padded.index_select(0, slot_T)
+            return total.to(rows_SW.dtype)
+
+        return Pending(add_up)
 
     def _exchange_counts(self, routes_TP: Tensor, max_rows: int) -> tuple[Exchange, int]:
         """Agrees on row counts with every rank. Returns the exchange and the number of routes this rank will compute.
@@ -133,9 +143,15 @@ class NcclDispatcher:
         )
         return exchange, sum(routes for _, routes in counts[1])
 
-    def _all_to_all(self, rows: Tensor, out_counts: list[int], in_counts: list[int]) -> Tensor:
-        out = rows.new_empty(sum(out_counts), rows.shape[1])
-        self.comm.all_to_all_single(
-            out, rows.contiguous(), output_split_sizes=out_counts, input_split_sizes=in_counts, group=self.group
+    def _start_all_to_all(self, rows: Tensor, out_counts: list[int], in_counts: list[int]) -> Pending[Tensor]:
+        rows, out = rows.contiguous(), rows.new_empty(sum(out_counts), rows.shape[1])
+        work = self.comm.all_to_all_single(
+            out, rows, output_split_sizes=out_counts, input_split_sizes=in_counts, group=self.group, async_op=True
         )
-        return out
+
+        def arrived() -> Tensor:
+            work.wait()
+            assert rows is not None  # kept until here: the collective reads it
+            return out
+
+        return Pending(arrived)

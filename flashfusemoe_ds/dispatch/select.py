@@ -9,7 +9,8 @@ from types import ModuleType
 import torch
 import torch.distributed
 
-from flashfusemoe_ds.dispatch.base import Dispatcher
+from flashfusemoe_ds.config import FlashFuseMoEConfig
+from flashfusemoe_ds.dispatch.base import Dispatcher, Geometry
 from flashfusemoe_ds.dispatch.local import LocalDispatcher
 from flashfusemoe_ds.dispatch.nccl import NcclDispatcher
 
@@ -50,13 +51,18 @@ def resolve_hybrid() -> tuple[str, str]:
 
 
 def make_dispatcher(
-    ep_backend: str,
+    config: FlashFuseMoEConfig,
     group: torch.distributed.ProcessGroup | None,
-    num_experts: int,
+    geometry: Geometry,
     comm: ModuleType = torch.distributed,
 ) -> Dispatcher:
-    """The transport for a group; without one, or with a group of one rank, the identity."""
-    check_ep_backend(ep_backend)
+    """The transport for a group; without one, or with a group of one rank, the identity.
+
+    Args:
+        config: names the transport and has its settings.
+        comm: torch.distributed, or deepspeed.comm, whose communication logger then sees the traffic.
+    """
+    check_ep_backend(config.ep_backend)
     if group is None or comm.get_world_size(group=group) == 1:
         return LocalDispatcher()
-    return NcclDispatcher(group, num_experts, comm)
+    return NcclDispatcher(group, geometry.num_experts, comm)

@@ -26,13 +26,14 @@ from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_mod
 from torch import Tensor, nn
 
 from flashfusemoe_ds.config import FlashFuseMoEConfig
-from flashfusemoe_ds.dispatch.base import Dispatcher, combine, dispatch
+from flashfusemoe_ds.dispatch.base import Dispatcher, Geometry, combine, dispatch
 from flashfusemoe_ds.dispatch.select import make_dispatcher
 from flashfusemoe_ds.ds.expert_layout import recognise
 from flashfusemoe_ds.ds.fused_experts import FusedExperts
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden, check_positive
 from flashfusemoe_ds.nn.deepspeed_gating import NOISE_POLICIES, DeepSpeedGating, deepspeed_gating, jitter
 from flashfusemoe_ds.nn.experts import ModuleExperts
+from flashfusemoe_ds.nn.parallel_experts import LateGradient, through_experts
 from flashfusemoe_ds.nn.router import router_logits
 from flashfusemoe_ds.types import Routing
 
@@ -106,8 +107,10 @@ class FusedMOELayer(StockMOELayer):
 
     def _bind(self) -> None:
         """Chooses the transport for the group at hand; the identity while there is none."""
-        num_experts = self.num_local_experts * self.ep_size
-        self.dispatcher = make_dispatcher(self.config.ep_backend, self.ep_group, num_experts, comm=dist)
+        gate = self.gate
+        dtype = next((p.dtype for p in self.experts.parameters()), torch.get_default_dtype())
+        geometry = Geometry(self.num_local_experts * self.ep_size, gate.wg.in_features, gate.k, dtype)
+        self.dispatcher = make_dispatcher(self.config, self.ep_group, geometry, comm=dist)
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
         """[*, D] -> [*, D]; leaves l_aux and exp_counts (int64 [E], before drops) as attributes, as stock does."""
@@ -123,21 +126,30 @@ class FusedMOELayer(StockMOELayer):
             raise ValueError(f"used_token has {used_token.numel()} entries; the input has {x_TD.shape[0]} tokens")
 
         rows_TD = self.experts.prepare(x_TD)
+        parallel, overlap, late = self.dispatcher.ep_size > 1, self.config.overlap, None
+        fused = isinstance(self.experts, FusedExperts)
+        if parallel and fused and not torch.compiler.is_compiling() and overlap.input_grad and overlap.router_grad:
+            late = LateGradient()
+            rows_TD = late.mark(rows_TD)
 
         self._start(MOE_TIMER)
         routing, self.l_aux = self.gate(x_TD, used_token)
         self.exp_counts = routing.counts_E
-        if self.dispatcher.ep_size > 1 and torch.compiler.is_compiling():
+        if parallel and torch.compiler.is_compiling():
             from flashfusemoe_ds.nn import compiled  # not at the top: it loads torch's compiler
 
-            y_TD = compiled.outside_graphs(self._through_experts, rows_TD, routing)
+            y_TD = compiled.outside_graphs(self._through_experts, rows_TD, routing, late)
         else:
-            y_TD = self._through_experts(rows_TD, routing)
+            y_TD = self._through_experts(rows_TD, routing, late)
         self._stop(MOE_TIMER, "time_moe")
         return y_TD.reshape(hidden_states.shape)
 
-    def _through_experts(self, rows_TD: Tensor, routing: Routing) -> Tensor:
-        """Dispatch, experts, combine, timed and counted."""
+    def _through_experts(self, rows_TD: Tensor, routing: Routing, late: LateGradient | None) -> Tensor:
+        """Dispatch, experts, combine: one after another where they are timed or counted one by one."""
+        if not (self.wall_clock_breakdown or flops_profiler.module_flop_count):
+            return through_experts(
+                rows_TD, routing, self.experts, self.dispatcher, self.config.overlap, late=late
+            )[0]  # fmt: skip
         self._start(FIRST_ALLTOALL_TIMER)
         sent = dispatch(self.dispatcher, rows_TD, routing)
         self._stop(FIRST_ALLTOALL_TIMER, "time_falltoall")

@@ -14,7 +14,7 @@ Eager mode wraps the two functions in an autograd Function, torch.compile in the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ def experts_backward(
     needs: Sequence[bool],
     *,
     overwrite_h: bool,
+    send_input_grads: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of (x, weight, w_up, w_down, b_up, b_down), None where `needs` says that nobody asks.
 
@@ -70,6 +71,8 @@ def experts_backward(
         dout_RD: [R, D], the gradient of y.
         h_NH: H as the forward returned it; None to compute it again.
         overwrite_h: let dH take the memory of the H that was passed.
+        send_input_grads: gets the gradients of x and weight before those of the parameters are launched, so that they
+            can travel meanwhile; `needs` must ask for both.
     """
     need_x, need_weight, need_w_up, need_w_down, need_b_up, need_b_down = needs
     # A backward may be called inside autocast, which would cast the products.
@@ -84,14 +87,18 @@ def experts_backward(
         del h_NH
 
         dx = dweight = dw_up = dw_down = db_up = db_down = None
-        if need_w_down:
-            dw_down = products.dw_down(dout_RD, order, a_NF)
-        del a_NF
+        if need_w_down and send_input_grads is None:
+            dw_down = products.dw_down(dout_RD, order, a_NF)  # first, for A's memory
+            del a_NF
         if need_x:
             dx, dweight = gather_sum_and_partials(products.dx(dh_NH, order, w_up_eHD), order.pos_RK, ds_PN)
         elif need_weight:
             dweight = gather_partials(ds_PN, order.pos_RK)
         dweight = dweight.to(weight_RK.dtype) if need_weight else None
+        if send_input_grads is not None:
+            send_input_grads(dx, dweight)
+            if need_w_down:
+                dw_down = products.dw_down(dout_RD, order, a_NF)
         if need_w_up:
             dw_up = products.dw_up(dh_NH, order, x_RD)
         if need_b_down:
@@ -121,12 +128,12 @@ class _Experts(torch.autograd.Function):
         grads = experts_backward(
             dout_RD, *saved[:7], ExpertOrder(*saved[7:]), ctx.activation, ctx.products, ctx.needs_input_grad[:6],
             # dH takes H's memory, unless a second backward through this graph may ask for H again.
-            overwrite_h=not _graph_is_kept(),
+            overwrite_h=not graph_is_kept(),
         )  # fmt: skip
         return *grads, None, None, None, None, None
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether the backward that runs was asked to retain its graph (or it is no autograd backward at all)."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 

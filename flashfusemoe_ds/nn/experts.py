@@ -115,21 +115,25 @@ class GroupedExperts(nn.Module):
         self._products(x_TD)
         return x_TD
 
-    def forward(self, sent: Dispatched) -> Tensor:
-        x_RD = sent.x_RD
-        up, down, up_bias, down_bias = under_autocast(
+    def operands(self, x: Tensor) -> tuple[tuple[Tensor | None, ...], ExpertProducts]:
+        """What the experts stage takes beside the rows `x`: (w_up, w_down, b_up, b_down), and the backend."""
+        parameters = under_autocast(
             getattr(self, self.up_name), self.down_proj, getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
         )
+        return parameters, self._products(x)
+
+    def forward(self, sent: Dispatched) -> Tensor:
+        (w_up, w_down, b_up, b_down), products = self.operands(sent.x_RD)
         return experts(
-            x_RD,
+            sent.x_RD,
             sent.idx_RK,
             sent.weight_RK,
-            up,
-            down,
+            w_up,
+            w_down,
             self.activation,
-            self._products(x_RD),
-            b_up_eH=up_bias,
-            b_down_eD=down_bias,
+            products,
+            b_up_eH=b_up,
+            b_down_eD=b_down,
             num_routes=sent.num_routes,
             recompute=self.recompute_activations,
         )

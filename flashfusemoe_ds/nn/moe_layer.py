@@ -14,28 +14,25 @@ x [*, D]
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flashfusemoe_ds.dispatch.base import Dispatcher, combine, dispatch
+from flashfusemoe_ds.config import FlashFuseMoEConfig, OverlapConfig
+from flashfusemoe_ds.dispatch.base import Dispatcher, Geometry
 from flashfusemoe_ds.dispatch.local import LocalDispatcher
 from flashfusemoe_ds.dispatch.select import check_ep_backend, make_dispatcher
 from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden, check_positive
 from flashfusemoe_ds.nn.experts import GroupedExperts
 from flashfusemoe_ds.nn.limits import capacity, limit_routes, refuse_overflow
+from flashfusemoe_ds.nn.parallel_experts import LateGradient, SideStream, through_experts
 from flashfusemoe_ds.nn.router import Gating, Router
 from flashfusemoe_ds.nn.shared import SharedExperts
 from flashfusemoe_ds.types import Routing
-
-
-def through_experts(rows_TD: Tensor, routing: Routing, experts: nn.Module, dispatcher: Dispatcher) -> Tensor:
-    """Dispatch, experts, combine: [T, D] -> [T, D], each row the weighted sum of its experts' outputs."""
-    sent = dispatch(dispatcher, rows_TD, routing)
-    return combine(dispatcher, experts(sent), sent.handle)
 
 
 class MoELayer(nn.Module):
@@ -116,13 +113,15 @@ class MoELayer(nn.Module):
         )
         self.ep_group: dist.ProcessGroup | None = None
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.overlap = OverlapConfig()
+        self._side_stream = SideStream()
 
     @property
     def expert_params(self) -> list[nn.Parameter]:
         """Parameters of this rank's routed experts, which must not be averaged over the expert-parallel group."""
         return list(self.experts.parameters())
 
-    def shard_experts(self, ep_group: dist.ProcessGroup, ep_backend: str = "nccl") -> MoELayer:
+    def shard_experts(self, ep_group: dist.ProcessGroup, ep_backend: str = "nccl", **settings: Any) -> MoELayer:
         """Keeps this rank's share of the experts and exchanges tokens with the group's other ranks.
 
         Call it once, on every rank, before an optimizer is built. Rank p keeps experts [p * e, (p + 1) * e) of the
@@ -132,12 +131,19 @@ class MoELayer(nn.Module):
         dense gradients are averaged over W ranks, add these up over the W / ep_size ranks that hold the same experts,
         and divide by W.
 
+        Args:
+            ep_group: one rank per share.
+            ep_backend: the transport, as in the "flashfusemoe" section (docs/config.md).
+            settings: further keys of that section: deep_ep, symm_mem, overlap, as dicts.
+
         Raises:
-            ValueError: the group's size does not divide num_experts, the backend cannot run, or it is sharded already.
+            ValueError: the group's size does not divide num_experts, the backend cannot run, a setting is wrong, or it
+                is sharded already.
             ImportError: the backend's package is missing.
         """
         if self.ep_group is not None:
             raise ValueError("shard_experts was already called on this layer")
+        config = FlashFuseMoEConfig.from_section({"ep_backend": ep_backend, **settings})
         check_ep_backend(ep_backend)
         ep_size, rank = dist.get_world_size(ep_group), dist.get_rank(ep_group)
         if self.num_experts % ep_size:
@@ -149,7 +155,9 @@ class MoELayer(nn.Module):
             setattr(self.experts, name, kept)
         self.experts.num_local_experts = local
         self.ep_group = ep_group
-        self.dispatcher = make_dispatcher(ep_backend, ep_group, self.num_experts)
+        width, dtype = self.experts.d_model, self.experts.down_proj.dtype
+        geometry = Geometry(self.num_experts, width, self.top_k, dtype)
+        self.dispatcher, self.overlap = make_dispatcher(config, ep_group, geometry), config.overlap
         return self
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,18 +170,36 @@ class MoELayer(nn.Module):
         check_hidden("MoELayer", hidden_states, self.d_model, self.router.weight)
         x_TD = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, self.d_model)
         rows_TD = self.experts.prepare(x_TD if self.latent_down is None else self.latent_down(x_TD))
+        parallel, late = self.dispatcher.ep_size > 1, None
+        if parallel and not torch.compiler.is_compiling() and self.overlap.input_grad and self.overlap.router_grad:
+            late = LateGradient()
+            rows_TD = late.mark(rows_TD)
         routing = self._limited(self.router(x_TD))
-        if self.dispatcher.ep_size > 1 and torch.compiler.is_compiling():
+        if parallel and torch.compiler.is_compiling():
             from flashfusemoe_ds.nn import compiled  # not at the top: it loads torch's compiler
 
-            y_TD = compiled.outside_graphs(through_experts, rows_TD, routing, self.experts, self.dispatcher)
+            y_TD, shared_TD = compiled.outside_graphs(self._routed_and_shared, x_TD, rows_TD, routing, late)
         else:
-            y_TD = through_experts(rows_TD, routing, self.experts, self.dispatcher)
+            y_TD, shared_TD = self._routed_and_shared(x_TD, rows_TD, routing, late)
         if self.latent_up is not None:
             y_TD = self.latent_up(y_TD)
-        if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         return (y_TD if hidden_states.dim() == 2 else y_TD.reshape(hidden_states.shape)), routing.losses
+
+    def _routed_and_shared(
+        self, x_TD: Tensor, rows_TD: Tensor, routing: Routing, late: LateGradient | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The routed experts' sums, and the shared experts' if there are any."""
+        beside = None
+        if self.shared_experts is not None and self.dispatcher.ep_size > 1 and self.overlap.shared_experts:
+            beside = partial(self._side_stream.start, self.shared_experts, x_TD)
+        y_TD, shared_TD = through_experts(
+            rows_TD, routing, self.experts, self.dispatcher, self.overlap, beside=beside, late=late
+        )
+        if self.shared_experts is not None and beside is None:
+            shared_TD = self.shared_experts(x_TD)
+        return y_TD, shared_TD
 
     @torch.no_grad()
     def update_expert_bias(self, group: dist.ProcessGroup | None = None) -> None:

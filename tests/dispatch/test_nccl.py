@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flashfusemoe_ds.dispatch.base import combine, dispatch
+from flashfusemoe_ds import FlashFuseMoEConfig
+from flashfusemoe_ds.dispatch.base import Geometry, combine, dispatch
 from flashfusemoe_ds.dispatch.nccl import NcclDispatcher
 from flashfusemoe_ds.dispatch.select import make_dispatcher
 from flashfusemoe_ds.kernels import reference
@@ -129,7 +130,7 @@ def rows_received(rank: int, world: int) -> tuple[int, list[list[int]], list[lis
     idx = torch.tensor([[0, 1], [2, 3], [0, 3]]) if rank == 0 else torch.zeros(0, 2, dtype=torch.long)
     x = torch.arange(3.0)[: len(idx), None].repeat(1, 2)
     weight = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])[: len(idx)]
-    sent = NcclDispatcher(dist.group.WORLD, 4).dispatch(x, idx, weight)
+    sent = NcclDispatcher(dist.group.WORLD, 4).start_dispatch(x, idx, weight).wait()
     return sent.idx_RK.tolist(), sent.x_RD[:, 0].tolist(), sent.weight_RK.tolist()
 
 
@@ -145,9 +146,8 @@ def test_a_token_crosses_once_per_rank_not_once_per_expert() -> None:
 def large_ids_in_bf16(rank: int, world: int) -> bool:
     """Ids above 256 would not survive a bf16 payload."""
     idx = torch.tensor([[1023, 513], [257, 767]])
-    sent = NcclDispatcher(dist.group.WORLD, 1024).dispatch(
-        torch.ones(2, 8, dtype=torch.bfloat16), idx, torch.full((2, 2), 1 / 3)
-    )
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+    sent = NcclDispatcher(dist.group.WORLD, 1024).start_dispatch(x, idx, torch.full((2, 2), 1 / 3)).wait()
     ids = sent.idx_RK[sent.idx_RK >= 0] + 512 * rank
     return sorted(ids.tolist()) == ([257, 257] if rank == 0 else [513, 513, 767, 767, 1023, 1023])
 
@@ -234,7 +234,8 @@ def test_bias_follows_the_load_of_all_ranks() -> None:
 
 
 def test_one_rank_needs_no_transport() -> None:
-    assert make_dispatcher("nccl", None, 8).name == "local"
+    geometry = Geometry(num_experts=8, hidden_size=4, top_k=2, dtype=torch.float32)
+    assert make_dispatcher(FlashFuseMoEConfig(), None, geometry).name == "local"
     group = SimpleNamespace()
     comm = SimpleNamespace(get_world_size=lambda group: 1)
-    assert make_dispatcher("nccl", group, 8, comm).name == "local"
+    assert make_dispatcher(FlashFuseMoEConfig(), group, geometry, comm).name == "local"

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Dispatch, experts and combine across ranks, and what runs beside the exchange.
+
+    forward    count exchange and dispatch | shared experts, on a side stream
+               experts
+               combine                     | shared experts, if they are still at it
+    backward   replayed dispatch of dY     | the shared experts' backward, on their stream
+               dgated, dX
+               combine of dX and dweight   | dW_down, dW_up, then the router's backward
+
+Fused experts are one autograd node with their exchange: only there is dX sent before dW is computed. Experts that are
+modules of their own take the transport's two nodes around them, one thing after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from flashfusemoe_ds.config import OverlapConfig
+from flashfusemoe_ds.dispatch.base import Combined, Dispatcher, Pending, combine, dispatch
+from flashfusemoe_ds.kernels.experts import experts_backward, experts_forward, graph_is_kept
+from flashfusemoe_ds.kernels.order import ExpertOrder
+from flashfusemoe_ds.nn.experts import GroupedExperts
+from flashfusemoe_ds.types import Dispatched, Routing
+
+
+class LateGradient:
+    """Lets the rows' gradient arrive after the router's backward was launched.
+
+    `mark` is the identity, to be called on the rows before the router runs. Autograd runs the latest node first, so
+    that in the backward the router's comes between the experts' node, which starts the exchange of dX and returns
+    nothing but its shape, and this one, which waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.arriving: Pending[Tensor] | None = None
+
+    def mark(self, rows_TD: Tensor) -> Tensor:
+        return _Late.apply(rows_TD, self)
+
+
+class _Late(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_TD, late):
+        ctx.late = late
+        return rows_TD.view_as(rows_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_TD):
+        arriving, ctx.late.arriving = ctx.late.arriving, None
+        return (dx_TD if arriving is None else arriving.wait()), None
+
+
+class SideStream:
+    """A stream for what may run beside the current one; on CPUs, which have none, the order of calls."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SideStream:
+        return SideStream()
+
+    def __reduce__(self) -> Any:
+        return SideStream, ()
+
+    def start(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Pending[Tensor]:
+        """fn(x), launched now. Autograd runs its backward on this stream too."""
+        if not x.is_cuda:
+            y = fn(x)
+            return Pending(lambda: y)
+        if self._stream is None or self._stream.device != x.device:
+            self._stream = torch.cuda.Stream(x.device)
+        side, main = self._stream, torch.cuda.current_stream(x.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            y = fn(x)
+
+        def join() -> Tensor:
+            main.wait_stream(side)
+            # x needs no record: whoever frees it after this does so after the side stream has read it.
+            y.record_stream(main)
+            return y
+
+        return Pending(join)
+
+
+class _ParallelExperts(torch.autograd.Function):
+    """Waits for the rows of a started dispatch, runs the experts on them, and brings the sums home.
+
+    x and weight are here to receive gradients; what is computed on is what the dispatch has sent.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_TK, w_up, w_down, b_up, b_down, travelling, dispatcher, activation, products,
+                recompute, overlap_input_grad, late):  # fmt: skip
+        sent = travelling.wait()
+        y_RD, h_NH, order = experts_forward(
+            sent.x_RD, sent.weight_RK, w_up, w_down, b_up, b_down, sent.idx_RK, sent.num_routes, activation, products
+        )
+        kept_h = None if recompute else h_NH
+        ctx.save_for_backward(sent.x_RD, kept_h, sent.weight_RK, w_up, w_down, b_up, b_down, *order.tensors())
+        ctx.handle, ctx.dispatcher, ctx.activation, ctx.products = sent.handle, dispatcher, activation, products
+        ctx.overlap_input_grad, ctx.late = overlap_input_grad, late
+        return dispatcher.start_combine(y_RD.contiguous(), sent.handle).rows.wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TD):
+        dispatcher, handle = ctx.dispatcher, ctx.handle
+        saved = ctx.saved_tensors  # once: activation checkpointing hands it out once
+        dout_RD = dispatcher.start_redispatch(dy_TD.contiguous(), handle).wait()
+        # Every rank sends both gradients home, whoever needs them: their number of exchanges must agree.
+        needs = (True, True, *ctx.needs_input_grad[2:6])
+        home: list[Combined] = []
+
+        def send(dx_RD: Tensor, dweight_RK: Tensor) -> None:
+            home.append(dispatcher.start_combine(dx_RD.contiguous(), handle, dweight_RK))
+
+        dx_RD, dweight_RK, *dweights = experts_backward(
+            dout_RD, *saved[:7], ExpertOrder(*saved[7:]), ctx.activation, ctx.products, needs,
+            overwrite_h=not graph_is_kept(), send_input_grads=send if ctx.overlap_input_grad else None,
+        )  # fmt: skip
+        if not home:
+            send(dx_RD, dweight_RK)
+        ((rows, weights),) = home
+        dweight_TK = weights.wait()
+        if ctx.late is None or not ctx.needs_input_grad[0]:
+            dx_TD = rows.wait()
+        else:
+            ctx.late.arriving = rows
+            dx_TD = dy_TD.new_empty(1).expand(dy_TD.shape)  # its shape alone; `_Late` has the rest
+        return dx_TD, dweight_TK, *dweights, *(None,) * 7
+
+
+def start_dispatch(dispatcher: Dispatcher, rows_TD: Tensor, routing: Routing) -> Pending[Dispatched]:
+    """Starts to send the rows, outside autograd."""
+    with torch.no_grad():
+        return dispatcher.start_dispatch(rows_TD.detach().contiguous(), routing.idx_TK, routing.weight_TK.detach())
+
+
+def parallel_experts(
+    rows_TD: Tensor,
+    routing: Routing,
+    experts: GroupedExperts,
+    dispatcher: Dispatcher,
+    travelling: Pending[Dispatched],
+    overlap: OverlapConfig,
+    late: LateGradient | None = None,
+) -> Tensor:
+    """[T, D] -> [T, D], differentiable in the rows, the routing's weights and the experts' parameters.
+
+    Args:
+        travelling: what `start_dispatch` returned for these rows and this routing.
+        late: whose `mark` the rows have passed; None to wait for their gradient in the experts' node.
+    """
+    parameters, products = experts.operands(rows_TD)
+    return _ParallelExperts.apply(
+        rows_TD, routing.weight_TK, *parameters, travelling, dispatcher, experts.activation, products,
+        experts.recompute_activations, overlap.input_grad, late,
+    )  # fmt: skip
+
+
+def through_experts(
+    rows_TD: Tensor,
+    routing: Routing,
+    experts: nn.Module,
+    dispatcher: Dispatcher,
+    overlap: OverlapConfig | None = None,
+    *,
+    beside: Callable[[], Pending[Tensor]] | None = None,
+    late: LateGradient | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Dispatch, experts, combine: [T, D] -> [T, D], each row the weighted sum of its experts' outputs.
+
+    Args:
+        experts: a GroupedExperts, or a module that takes a Dispatched.
+        beside: launched while the rows travel, waited for at the end.
+        late: see `parallel_experts`.
+
+    Returns:
+        The sums, and what `beside` gave.
+    """
+    if dispatcher.ep_size == 1 or not isinstance(experts, GroupedExperts):
+        sent = dispatch(dispatcher, rows_TD, routing)
+        y_TD = combine(dispatcher, experts(sent), sent.handle)
+        return y_TD, None if beside is None else beside().wait()
+    travelling = start_dispatch(dispatcher, rows_TD, routing)
+    side = None if beside is None else beside()
+    y_TD = parallel_experts(rows_TD, routing, experts, dispatcher, travelling, overlap or OverlapConfig(), late)
+    return y_TD, None if side is None else side.wait()
