@@ -2,7 +2,7 @@
 """The experts stage: rows in, the sum over this rank's experts out, with a backward that keeps only X and H.
 
     forward   gather rows by expert -> up-projection -> activation x weight -> down-projection -> gather-sum
-    backward  gather dY -> dA -> (A, dH, dS) recomputed from H -> dW_down, dX_expanded, dW_up -> gather-sum
+    backward  gather dY -> dA -> (A, dH, dS) recomputed from H -> dX_expanded -> gather-sum | dW_up, dW_down
 
 The routing weight multiplies the activation, before the down-projection. The sum over experts is then unweighted,
 which is what a transport that adds up ranks needs, and the backward needs neither Y nor A.
@@ -48,6 +48,71 @@ def experts_forward(
         return gather_sum(y_ND, order.pos_RK), h_NH, order
 
 
+def row_gradients(
+    dout_RD: Tensor,
+    x_RD: Tensor,
+    h_NH: Tensor | None,
+    weight_RK: Tensor,
+    w_up_eHD: Tensor,
+    w_down_eDF: Tensor,
+    b_up_eH: Tensor | None,
+    b_down_eD: Tensor | None,
+    order: ExpertOrder,
+    activation: Activation,
+    products: ExpertProducts,
+    *,
+    overwrite_h: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dH [N, H], the weighted activations A' [N, F] and the partial gradients of the weights dS [P, N].
+
+    Args:
+        dout_RD: [R, D] contiguous, the gradient of y.
+        h_NH: H as the forward returned it; None to compute it again.
+        overwrite_h: let dH take the memory of the H that was passed.
+    """
+    if h_NH is None:
+        h_NH, _ = products.up(x_RD, order, w_up_eHD, b_up_eH, weight_RK, activation)
+        overwrite_h = True
+    return products.dgated(dout_RD, order, w_down_eDF, b_down_eD, h_NH, weight_RK, activation, overwrite_h=overwrite_h)
+
+
+def parameter_gradients(
+    dout_RD: Tensor,
+    x_RD: Tensor,
+    rows: list[Tensor],
+    weight_RK: Tensor,
+    b_up_eH: Tensor | None,
+    b_down_eD: Tensor | None,
+    order: ExpertOrder,
+    products: ExpertProducts,
+    needs: Sequence[bool],
+    *,
+    consume_h: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of (w_up, w_down, b_up, b_down), None where `needs` says that nobody asks.
+
+    Args:
+        rows: [dH, A'] of `row_gradients`; taken out of the list, so that each is freed after its last use.
+        consume_h: dH lies in the memory of the H that autograd keeps until this node is through. Free it as soon as
+            dW_up is there: with dW_down beside it, dH would set the peak of the whole step.
+    """
+    need_w_up, need_w_down, need_b_up, need_b_down = needs
+    dw_up = dw_down = db_up = db_down = None
+    a_NF, dh_NH = rows.pop(), rows.pop()
+    if need_w_up:
+        dw_up = products.dw_up(dh_NH, order, x_RD)
+    if need_b_up:
+        db_up = segment_sum(dh_NH, order, b_up_eH.dtype)
+    if consume_h:
+        dh_NH.untyped_storage().resize_(0)
+    del dh_NH
+    if need_w_down:
+        dw_down = products.dw_down(dout_RD, order, a_NF)
+    if need_b_down:
+        db_down = segment_sum(dout_RD, order, b_down_eD.dtype, weight_RK)
+    return dw_up, dw_down, db_up, db_down
+
+
 def experts_backward(
     dout_RD: Tensor,
     x_RD: Tensor,
@@ -62,7 +127,7 @@ def experts_backward(
     products: ExpertProducts,
     needs: Sequence[bool],
     *,
-    overwrite_h: bool,
+    consume_h: bool,
     send_input_grads: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of (x, weight, w_up, w_down, b_up, b_down), None where `needs` says that nobody asks.
@@ -70,26 +135,21 @@ def experts_backward(
     Args:
         dout_RD: [R, D], the gradient of y.
         h_NH: H as the forward returned it; None to compute it again.
-        overwrite_h: let dH take the memory of the H that was passed.
+        consume_h: the H that was passed is not needed again: dH takes its memory, which is then freed.
         send_input_grads: gets the gradients of x and weight before those of the parameters are launched, so that they
             can travel meanwhile; `needs` must ask for both.
     """
-    need_x, need_weight, need_w_up, need_w_down, need_b_up, need_b_down = needs
+    need_x, need_weight, *need_parameters = needs
+    consume_h = consume_h and h_NH is not None
     # A backward may be called inside autocast, which would cast the products.
     with without_autocast(dout_RD.device.type):
-        if h_NH is None:
-            h_NH, _ = products.up(x_RD, order, w_up_eHD, b_up_eH, weight_RK, activation)
-            overwrite_h = True
         dout_RD = dout_RD.contiguous()
-        dh_NH, a_NF, ds_PN = products.dgated(
-            dout_RD, order, w_down_eDF, b_down_eD, h_NH, weight_RK, activation, overwrite_h=overwrite_h
-        )
+        dh_NH, a_NF, ds_PN = row_gradients(
+            dout_RD, x_RD, h_NH, weight_RK, w_up_eHD, w_down_eDF, b_up_eH, b_down_eD, order, activation, products,
+            overwrite_h=consume_h,
+        )  # fmt: skip
         del h_NH
-
-        dx = dweight = dw_up = dw_down = db_up = db_down = None
-        if need_w_down and send_input_grads is None:
-            dw_down = products.dw_down(dout_RD, order, a_NF)  # first, for A's memory
-            del a_NF
+        dx = dweight = None
         if need_x:
             dx, dweight = gather_sum_and_partials(products.dx(dh_NH, order, w_up_eHD), order.pos_RK, ds_PN)
         elif need_weight:
@@ -97,15 +157,24 @@ def experts_backward(
         dweight = dweight.to(weight_RK.dtype) if need_weight else None
         if send_input_grads is not None:
             send_input_grads(dx, dweight)
-            if need_w_down:
-                dw_down = products.dw_down(dout_RD, order, a_NF)
-        if need_w_up:
-            dw_up = products.dw_up(dh_NH, order, x_RD)
-        if need_b_down:
-            db_down = segment_sum(dout_RD, order, b_down_eD.dtype, weight_RK)
-        if need_b_up:
-            db_up = segment_sum(dh_NH, order, b_up_eH.dtype)
-        return dx, dweight, dw_up, dw_down, db_up, db_down
+        rows = [dh_NH, a_NF]
+        del dh_NH, a_NF
+        return (
+            dx,
+            dweight,
+            *parameter_gradients(
+                dout_RD,
+                x_RD,
+                rows,
+                weight_RK,
+                b_up_eH,
+                b_down_eD,
+                order,
+                products,
+                need_parameters,
+                consume_h=consume_h,
+            ),
+        )
 
 
 class _Experts(torch.autograd.Function):
@@ -127,8 +196,8 @@ class _Experts(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing hands it out once
         grads = experts_backward(
             dout_RD, *saved[:7], ExpertOrder(*saved[7:]), ctx.activation, ctx.products, ctx.needs_input_grad[:6],
-            # dH takes H's memory, unless a second backward through this graph may ask for H again.
-            overwrite_h=not graph_is_kept(),
+            # Unless a second backward through this graph may ask for H again.
+            consume_h=not graph_is_kept(),
         )  # fmt: skip
         return *grads, None, None, None, None, None
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from flashfusemoe_ds.kernels import hopper_rows, hopper_weights
@@ -21,6 +20,7 @@ from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.hopper_pipeline import BLOCK_K, BLOCK_M, BLOCK_N, HALF_M, SWIZZLED
 from flashfusemoe_ds.kernels.launch import Descriptor, launch
 from flashfusemoe_ds.kernels.order import ExpertOrder
+from flashfusemoe_ds.kernels.sizes import cdiv
 from flashfusemoe_ds.kernels.triton_curves import CURVE_OF
 from flashfusemoe_ds.kernels.triton_products import TritonProducts
 
@@ -66,7 +66,7 @@ class HopperProducts(TritonProducts):
         if f % 8 or not order.num_routes or not self.takes(x_RD, w_up_eHD):
             return super().up(x_RD, order, w_up_eHD, b_up_eH, weight_RK, activation)
         h_NH, a_NF = x_RD.new_empty(order.num_routes, up_width), x_RD.new_empty(order.num_routes, f)
-        column_tiles = triton.cdiv(f, BLOCK_N.value if activation.gated else _TILE_N)
+        column_tiles = cdiv(f, BLOCK_N.value if activation.gated else _TILE_N)
         launch(
             hopper_rows.rows_kernel,
             self._grid(order.max_tiles * column_tiles),
@@ -128,7 +128,7 @@ class HopperProducts(TritonProducts):
         width = w.shape[1] if transposed else w.shape[2]
         out = rows_NK.new_empty(order.num_routes, width)
         out_desc = _descriptor(out, _HALF)
-        column_tiles = triton.cdiv(width, _TILE_N)
+        column_tiles = cdiv(width, _TILE_N)
         launch(
             hopper_rows.rows_kernel,
             self._grid(order.max_tiles * column_tiles),
@@ -178,7 +178,7 @@ class HopperProducts(TritonProducts):
             )
         dh_NH = h_NH if overwrite_h else torch.empty_like(h_NH)
         a_NF = h_NH.new_empty(order.num_routes, f)
-        column_tiles = triton.cdiv(f, _TILE_N)
+        column_tiles = cdiv(f, _TILE_N)
         ds_PN = h_NH.new_empty(column_tiles + (b_down_eD is not None), order.num_routes, dtype=torch.float32)
         launch(
             hopper_rows.dgated_kernel,
@@ -221,7 +221,7 @@ class HopperProducts(TritonProducts):
         out_eMN = left.new_empty(num_experts, m, n)
         gathered, lying = (left, right) if gather_left else (right, left)
         tile_m, tile_n = (BLOCK_M.value, _TILE_N) if gather_left else (_TILE_N, BLOCK_M.value)
-        m_tiles, n_tiles = triton.cdiv(m, tile_m), triton.cdiv(n, tile_n)
+        m_tiles, n_tiles = cdiv(m, tile_m), cdiv(n, tile_n)
         num_tiles = num_experts * m_tiles * n_tiles
         launch(
             hopper_weights.weight_grad_kernel,

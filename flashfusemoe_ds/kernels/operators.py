@@ -128,7 +128,7 @@ def experts_backward(
     """Those gradients of (x, weight, w_up, w_down, b_up, b_down) that `needs` names. H is None if it is not kept."""
     grads = _experts_backward(
         dout_RD, x_RD, h_NH, weight_RK, w_up_eHD, w_down_eDF, b_up_eH, b_down_eD, ExpertOrder(*order),
-        get_activation(activation), _products(gemm_backend, x_RD, w_up_eHD, w_down_eDF), needs, overwrite_h=False,
+        get_activation(activation), _products(gemm_backend, x_RD, w_up_eHD, w_down_eDF), needs, consume_h=False,
     )  # fmt: skip
     return [grad.contiguous() for grad in grads if grad is not None]
 

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from flashfusemoe_ds.kernels.launch import launch
 from flashfusemoe_ds.kernels.precision import without_autocast
+from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 # Logits in a program's registers at a time. The kernels hold a handful of tensors of this size: at 1024 that is some
@@ -312,7 +313,7 @@ def gate_product(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, bool]:
         numel = weight_ED.numel()
         launch(
             _split_weight_kernel,
-            (triton.cdiv(numel, COPY_BLOCK),),
+            (cdiv(numel, COPY_BLOCK),),
             weight_ED,
             parts,
             numel,
@@ -331,7 +332,7 @@ def _mm32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _tile(num_experts: int) -> dict[str, int]:
-    experts = max(4, triton.next_power_of_2(num_experts))
+    experts = max(4, next_power_of_2(num_experts))
     return {"EXPERTS": experts, "TOKENS": max(1, min(MAX_TOKENS, TILE // experts))}
 
 
@@ -358,7 +359,7 @@ def choose(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=product.device)
 
-    programs = triton.cdiv(num_tokens, tile["TOKENS"])
+    programs = cdiv(num_tokens, tile["TOKENS"])
     if count or sum_z:
         # Without tokens too: the one program writes zeros.
         programs = max(1, min(programs, MAX_PARTIALS, max(128, PARTIALS // tile["EXPERTS"])))
@@ -395,8 +396,8 @@ def choose(
             SUM_PROBS=sum_probs,
             SUM_Z=sum_z,
             COUNT=count,
-            CHOICES=triton.next_power_of_2(rule.top_k),
-            GROUPS=triton.next_power_of_2(max(rule.num_groups, 1)),
+            CHOICES=next_power_of_2(rule.top_k),
+            GROUPS=next_power_of_2(max(rule.num_groups, 1)),
             **tile,
             num_warps=NUM_WARPS,
         )
@@ -453,10 +454,22 @@ def _stack_weight(weight_ptr, stacked_ptr, program, numel, WEIGHT_FP32: tl.const
 
 
 @triton.jit
+def _sum_partials(ds_ptr, pos_ptr, routes, is_token, num_routes, TOKENS: tl.constexpr, PARTIALS: tl.constexpr):
+    """dweight of some routes, from the experts' partial sums [PARTIALS, N] at the routes' places in their order."""
+    at = ds_ptr + tl.load(pos_ptr + routes, mask=is_token, other=0)
+    total = tl.zeros([TOKENS], dtype=tl.float32)
+    for _ in range(PARTIALS):
+        total += tl.load(at, mask=is_token, other=0.0)
+        at += num_routes
+    return total
+
+
+@triton.jit
 def _dlogits_kernel(
     logits_ptr,
     idx_ptr,
     dweight_ptr,
+    pos_ptr,
     counts_ptr,
     daux_ptr,
     dz_ptr,
@@ -464,6 +477,7 @@ def _dlogits_kernel(
     gate_ptr,
     stacked_ptr,
     num_tokens,
+    num_routes,
     scaling_factor,
     aux_factor,
     z_factor,
@@ -475,6 +489,7 @@ def _dlogits_kernel(
     AFTER_TOPK: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     HAS_DWEIGHT: tl.constexpr,
+    PARTIALS: tl.constexpr,
     HAS_AUX: tl.constexpr,
     HAS_Z: tl.constexpr,
     PARTS: tl.constexpr,
@@ -504,7 +519,12 @@ def _dlogits_kernel(
             chosen = tl.zeros([TOKENS, EXPERTS], dtype=tl.int1)
             for k in range(TOP_K):
                 expert = tl.load(idx_ptr + rows * TOP_K + k, mask=is_token, other=-1).to(tl.int32)
-                dweight = tl.load(dweight_ptr + rows * TOP_K + k, mask=is_token, other=0.0)
+                if PARTIALS > 0:
+                    dweight = _sum_partials(
+                        dweight_ptr, pos_ptr, rows * TOP_K + k, is_token, num_routes, TOKENS, PARTIALS
+                    )
+                else:
+                    dweight = tl.load(dweight_ptr + rows * TOP_K + k, mask=is_token, other=0.0)
                 hit = columns == expert[:, None]
                 grad = tl.where(hit, dweight[:, None], grad)
                 chosen = chosen | hit
@@ -582,8 +602,15 @@ def gate_gradients(
     z_loss_coeff: float,
     need_x: bool,
     need_gate: bool,
+    pos_TK: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x [T, D] and of the gate's weight [E, D], each in its tensor's dtype, None where not needed."""
+    """Gradients of x [T, D] and of the gate's weight [E, D], each in its tensor's dtype, None where not needed.
+
+    Args:
+        dweight_TK: float32 [T, K]; None if nobody used the weights.
+        pos_TK: if given, every route has a place [0, N) in the experts' order, and in the place of dweight_TK stand
+            the experts' partial sums dS [P, N].
+    """
     num_tokens, num_experts = logits_TE.shape
     if not num_tokens:
         return (torch.zeros_like(x_TD) if need_x else None), (torch.zeros_like(gate_ED) if need_gate else None)
@@ -599,14 +626,15 @@ def gate_gradients(
     stacked, copy_programs = gate_ED, 0
     if need_x and parts > 1:
         stacked = torch.empty((parts - 1) * num_experts, gate_ED.shape[1], dtype=dtype, device=x_TD.device)
-        copy_programs = triton.cdiv(gate_ED.numel(), COPY_BLOCK)
+        copy_programs = cdiv(gate_ED.numel(), COPY_BLOCK)
     tile = _tile(num_experts)
     launch(
         _dlogits_kernel,
-        (copy_programs + triton.cdiv(num_tokens, tile["TOKENS"]),),
+        (copy_programs + cdiv(num_tokens, tile["TOKENS"]),),
         logits_TE,
         idx_TK,
         logits_TE if dweight_TK is None else dweight_TK.contiguous(),
+        idx_TK if pos_TK is None else pos_TK,
         idx_TK if counts_E is None else counts_E,
         logits_TE if daux is None else daux,
         logits_TE if dz is None else dz,
@@ -614,6 +642,7 @@ def gate_gradients(
         gate_ED,
         stacked,
         num_tokens,
+        0 if pos_TK is None else dweight_TK.shape[1],
         rule.scaling_factor,
         _aux_factor(num_tokens, num_experts, rule, aux_loss_coeff),
         _z_factor(num_tokens, z_loss_coeff),
@@ -625,6 +654,7 @@ def gate_gradients(
         AFTER_TOPK=rule.after_topk,
         RENORMALIZE=rule.renormalize,
         HAS_DWEIGHT=dweight_TK is not None,
+        PARTIALS=0 if pos_TK is None else dweight_TK.shape[0],
         HAS_AUX=daux is not None,
         HAS_Z=dz is not None,
         PARTS=parts,
@@ -649,7 +679,7 @@ def gate_gradients(
         dgate = torch.empty_like(gate_ED)
         launch(
             _add_parts_kernel,
-            (triton.cdiv(dgate.numel(), COPY_BLOCK),),
+            (cdiv(dgate.numel(), COPY_BLOCK),),
             dgate_parts,
             dgate,
             dgate.numel(),

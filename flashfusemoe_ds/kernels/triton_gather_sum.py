@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flashfusemoe_ds.kernels.launch import launch
 from flashfusemoe_ds.kernels.precision import compute_dtype
+from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
 
 NUM_WARPS = 4
 ROUTES_PER_PROGRAM = 256  # of the programs that add up partial gradients
@@ -119,8 +120,8 @@ def _block(width: int, element_size: int) -> tuple[int, int]:
     Of the strips that a row can be cut into, those that leave the fewest threads idle past its end.
     """
     elements = NUM_WARPS * 32 * 16 // element_size
-    widest = min(elements, max(64, triton.next_power_of_2(width)))
-    block_d = min((widest, widest // 2, widest // 4), key=lambda strip: triton.cdiv(width, strip) * strip)
+    widest = min(elements, max(64, next_power_of_2(width)))
+    block_d = min((widest, widest // 2, widest // 4), key=lambda strip: cdiv(width, strip) * strip)
     return elements // block_d, block_d
 
 
@@ -137,11 +138,11 @@ def gather_sum(
         ds_PN = ds_PN.contiguous()
         dweight_RK = torch.empty(pos_RK.shape, dtype=ds_PN.dtype, device=y_ND.device)
         partials = ds_PN.shape[0]
-        partial_programs = triton.cdiv(pos_RK.numel(), ROUTES_PER_PROGRAM)
+        partial_programs = cdiv(pos_RK.numel(), ROUTES_PER_PROGRAM)
     if not num_rows:
         return out_RD, dweight_RK
     block_r, block_d = _block(width, y_ND.element_size())
-    programs = partial_programs + triton.cdiv(num_rows, block_r) * triton.cdiv(width, block_d)
+    programs = partial_programs + cdiv(num_rows, block_r) * cdiv(width, block_d)
     launch(
         _gather_sum_kernel,
         (programs,),

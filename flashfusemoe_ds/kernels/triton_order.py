@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashfusemoe_ds.kernels.launch import launch
+from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
 
 MAX_BLOCKS = 128
 COUNT_CHUNK = 1024  # routes that the count takes at a time
@@ -220,11 +221,11 @@ def sort_routes(
     """
     idx_RK = idx_RK.contiguous()
     num_entries = idx_RK.numel()
-    num_blocks = max(1, min(MAX_BLOCKS, triton.cdiv(num_entries, SCATTER_CHUNK)))
-    per_block = triton.cdiv(triton.cdiv(num_entries, num_blocks), SCATTER_CHUNK) * SCATTER_CHUNK
-    bins = max(32, triton.next_power_of_2(num_experts + 2))
+    num_blocks = max(1, min(MAX_BLOCKS, cdiv(num_entries, SCATTER_CHUNK)))
+    per_block = cdiv(cdiv(num_entries, num_blocks), SCATTER_CHUNK) * SCATTER_CHUNK
+    bins = max(32, next_power_of_2(num_experts + 2))
     part = min(64, max(16, PAIRS // bins))
-    parts = max(1, triton.cdiv(num_experts, part))
+    parts = max(1, cdiv(num_experts, part))
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=idx_RK.device)

@@ -22,6 +22,7 @@ from flashfusemoe_ds.kernels import triton_rows, triton_weights
 from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.launch import Descriptor, launch
 from flashfusemoe_ds.kernels.order import TILE_ROWS, ExpertOrder
+from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
 from flashfusemoe_ds.kernels.triton_curves import CURVE_OF
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -107,7 +108,7 @@ def choose_tiles(product: str, capability: tuple[int, int], dtype: torch.dtype, 
         tiles = PORTABLE[product]
     if width < tiles.bn:
         # No narrower than 32: half of it, dgated's slice, is the least that Triton multiplies or splits well.
-        tiles = replace(tiles, bn=max(32, triton.next_power_of_2(width)), sub=min(tiles.sub, 2))
+        tiles = replace(tiles, bn=max(32, next_power_of_2(width)), sub=min(tiles.sub, 2))
     return tiles
 
 
@@ -282,7 +283,7 @@ class TritonProducts:
         use_tma, (w,) = _operands(tiles.tma, (w_down_eDF, (1, tiles.bk, tiles.bn)))
         dh_NH = h_NH if overwrite_h else torch.empty_like(h_NH)
         a_NF = h_NH.new_empty(order.num_routes, f)
-        num_blocks = triton.cdiv(f, tiles.bn)
+        num_blocks = cdiv(f, tiles.bn)
         num_partials = num_blocks + (b_down_eD is not None)
         ds_PN = h_NH.new_empty(num_partials, order.num_routes, dtype=torch.float32)
         launch(
@@ -338,7 +339,7 @@ class TritonProducts:
 
     def _row_grid(self, order: ExpertOrder, tiles: Tiles, width: int) -> tuple[int]:
         """As many programs as fit the GPU at once, or as the most tiles there can be."""
-        most = order.max_tiles * (TILE_ROWS // tiles.bm) * triton.cdiv(width, tiles.bn)
+        most = order.max_tiles * (TILE_ROWS // tiles.bm) * cdiv(width, tiles.bn)
         return (min(most, self.num_sms * tiles.per_sm),)
 
     # --- sums over rows ------------------------------------------------------------------------------------------
@@ -353,7 +354,7 @@ class TritonProducts:
         num_experts, m, n = order.ends_e.numel(), left.shape[1], right.shape[1]
         out_eMN = left.new_empty(num_experts, m, n)
         tiles = choose_tiles(product, self.capability, left.dtype, m, n)
-        num_tiles = num_experts * triton.cdiv(m, tiles.bm) * triton.cdiv(n, tiles.bn)
+        num_tiles = num_experts * cdiv(m, tiles.bm) * cdiv(n, tiles.bn)
         launch(
             triton_weights.weight_grad_kernel,
             (min(num_tiles, self.num_sms * tiles.per_sm),),
@@ -384,7 +385,7 @@ def segment_sum(rows: Tensor, order: ExpertOrder, dtype: torch.dtype, weight_RK:
     block_rows = block_columns = 64
     launch(
         triton_weights.segment_sum_kernel,
-        (triton.cdiv(width, block_columns), num_experts),
+        (cdiv(width, block_columns), num_experts),
         rows.contiguous(),
         None if weight_RK is None else weight_RK.reshape(-1),
         order.row_N,

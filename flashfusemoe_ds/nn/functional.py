@@ -1,16 +1,62 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""`fused_moe`: the whole layer as a function of its weights, on one device."""
+"""The whole dropless layer as a function of its weights, on one device: `fused_moe`, and what it checks for."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from flashfusemoe_ds.kernels.activation import get_activation
+from flashfusemoe_ds.kernels.activation import Activation, get_activation
 from flashfusemoe_ds.kernels.experts import experts
+from flashfusemoe_ds.kernels.products import ExpertProducts
 from flashfusemoe_ds.kernels.select import select_products
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden
 from flashfusemoe_ds.nn.experts import under_autocast
-from flashfusemoe_ds.nn.router import Gating, gate_and_route, get_gating
+from flashfusemoe_ds.nn.router import Gating, fused_rule, gate_and_route, get_gating, named_losses, runs_fused
+
+
+def route_to_experts(
+    x_TD: Tensor,
+    rows_TD: Tensor,
+    gate_ED: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: Activation,
+    products: ExpertProducts,
+    gating: Gating,
+    top_k: int,
+    aux_loss_coeff: float,
+    z_loss_coeff: float,
+    *,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    bias_E: Tensor | None = None,
+    count: bool = False,
+    recompute: bool = False,
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """A dropless layer whose experts are all here: y [T, D], the losses, and the counts [E] where they were asked for.
+
+    One autograd node by the fused kernels where they take the operands, else the router's and the experts' own.
+
+    Args:
+        x_TD: what the router sees.
+        rows_TD: what the experts see: x itself, or x in autocast's dtype.
+    """
+    if rows_TD is x_TD and runs_fused(x_TD, gate_ED, top_k) and not torch.compiler.is_compiling():
+        from flashfusemoe_ds.kernels.routed_experts import routed_experts  # not at the top, like all of triton
+
+        y_TD, _, counts_E, aux_loss, z_loss = routed_experts(
+            x_TD, gate_ED, w_up, w_down, activation, products, fused_rule(gating, top_k), b_up_eH=b_up,
+            b_down_eD=b_down, bias_E=bias_E, aux_loss_coeff=aux_loss_coeff, z_loss_coeff=z_loss_coeff, count=count,
+            recompute=recompute,
+        )  # fmt: skip
+        return y_TD, named_losses(aux_loss, z_loss), counts_E
+    routing = gate_and_route(x_TD, gate_ED, gating, top_k, aux_loss_coeff, z_loss_coeff, bias_E, count)
+    y_TD = experts(
+        rows_TD, routing.idx_TK, routing.weight_TK, w_up, w_down, activation, products, b_up_eH=b_up, b_down_eD=b_down,
+        recompute=recompute,
+    )  # fmt: skip
+    return y_TD, routing.losses, routing.counts_E if count else None
 
 
 def fused_moe(
@@ -59,14 +105,14 @@ def fused_moe(
             f"gate_weight {tuple(gate_weight.shape)} they must be [E, {'2F' if act.gated else 'F'}, D] and [E, D, F]"
         )
     x_TD = hidden_states.reshape(-1, d_model)
-    routing = gate_and_route(x_TD, gate_weight, variant, top_k, aux_loss_coeff, z_loss_coeff)
-    x_TD, w_up, w_down = under_autocast(x_TD, w_up, w_down)
-    if w_up.dtype != x_TD.dtype or w_down.dtype != x_TD.dtype:
+    rows_TD, w_up, w_down = under_autocast(x_TD, w_up, w_down)
+    if w_up.dtype != rows_TD.dtype or w_down.dtype != rows_TD.dtype:
         raise ValueError(
-            f"hidden_states is {x_TD.dtype}, w_up {w_up.dtype} and w_down {w_down.dtype}; they must agree"
+            f"hidden_states is {rows_TD.dtype}, w_up {w_up.dtype} and w_down {w_down.dtype}; they must agree"
         )
-    products = select_products(gemm_backend, x_TD, (d_model, intermediate, w_up.shape[1]), num_experts)
-    y_TD = experts(
-        x_TD, routing.idx_TK, routing.weight_TK, w_up, w_down, act, products, recompute=recompute_activations
-    )
-    return y_TD.reshape(hidden_states.shape), routing.losses
+    products = select_products(gemm_backend, rows_TD, (d_model, intermediate, w_up.shape[1]), num_experts)
+    y_TD, losses, _ = route_to_experts(
+        x_TD, rows_TD, gate_weight, w_up, w_down, act, products, variant, top_k, aux_loss_coeff, z_loss_coeff,
+        recompute=recompute_activations,
+    )  # fmt: skip
+    return y_TD.reshape(hidden_states.shape), losses

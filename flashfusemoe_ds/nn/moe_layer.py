@@ -28,6 +28,7 @@ from flashfusemoe_ds.dispatch.select import check_ep_backend, make_dispatcher
 from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden, check_positive
 from flashfusemoe_ds.nn.experts import GroupedExperts
+from flashfusemoe_ds.nn.functional import route_to_experts
 from flashfusemoe_ds.nn.limits import capacity, limit_routes, refuse_overflow
 from flashfusemoe_ds.nn.parallel_experts import LateGradient, SideStream, through_experts
 from flashfusemoe_ds.nn.router import Gating, Router
@@ -170,6 +171,9 @@ class MoELayer(nn.Module):
         check_hidden("MoELayer", hidden_states, self.d_model, self.router.weight)
         x_TD = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, self.d_model)
         rows_TD = self.experts.prepare(x_TD if self.latent_down is None else self.latent_down(x_TD))
+        if self.dispatcher.ep_size == 1 and self.latent_down is None and not self._limits():
+            y_TD, losses = self._on_this_gpu(x_TD, rows_TD)
+            return (y_TD if hidden_states.dim() == 2 else y_TD.reshape(hidden_states.shape)), losses
         parallel, late = self.dispatcher.ep_size > 1, None
         if parallel and not torch.compiler.is_compiling() and self.overlap.input_grad and self.overlap.router_grad:
             late = LateGradient()
@@ -186,6 +190,19 @@ class MoELayer(nn.Module):
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         return (y_TD if hidden_states.dim() == 2 else y_TD.reshape(hidden_states.shape)), routing.losses
+
+    def _on_this_gpu(self, x_TD: Tensor, rows_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The layer where nothing is dropped or sent: y [T, D] and the losses."""
+        router = self.router
+        (w_up, w_down, b_up, b_down), products = self.experts.operands(rows_TD)
+        y_TD, losses, counts_E = route_to_experts(
+            x_TD, rows_TD, router.weight, w_up, w_down, self.experts.activation, products, router.gating, self.top_k,
+            router.aux_loss_coeff, router.z_loss_coeff, b_up=b_up, b_down=b_down, bias_E=router.bias_E,
+            count=router.counts, recompute=self.experts.recompute_activations,
+        )  # fmt: skip
+        if router.counts:
+            router.tally(counts_E)
+        return (y_TD if self.shared_experts is None else y_TD + self.shared_experts(x_TD)), losses
 
     def _routed_and_shared(
         self, x_TD: Tensor, rows_TD: Tensor, routing: Routing, late: LateGradient | None
@@ -212,14 +229,17 @@ class MoELayer(nn.Module):
             dist.all_reduce(self.router.routed_counts, group=group)
         self.router.update_expert_bias()
 
+    def _limits(self) -> bool:
+        return self.max_tokens_per_expert is not None or self.capacity_factor is not None
+
     def _limited(self, routing: Routing) -> Routing:
         """Applies capacity_factor and max_tokens_per_expert."""
+        if not self._limits():
+            return routing
         num_tokens, num_routes = routing.idx_TK.shape[0], routing.idx_TK.numel()
         limits = [] if self.max_tokens_per_expert is None else [self.max_tokens_per_expert]
         if self.capacity_factor is not None:
             limits.append(capacity(num_routes, self.num_experts, self.capacity_factor))
-        if not limits:
-            return routing
         limit = min(*limits, num_tokens)  # no expert sees a token twice
         if self.allow_dropped_tokens:
             return limit_routes(routing, limit)

@@ -12,9 +12,9 @@ One `Gating` describes every published variant the package knows:
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -200,6 +200,15 @@ def route_with_losses(
     return Routing(idx_TK, weight_TK, counts_E, losses)
 
 
+def runs_fused(x_TD: Tensor, weight_ED: Tensor, top_k: int) -> bool:
+    """Whether the fused kernels take these operands."""
+    if not x_TD.is_cuda:
+        return False
+    from flashfusemoe_ds.kernels import routing  # not at the top: machines without CUDA may lack triton
+
+    return routing.covers(x_TD, weight_ED, top_k)
+
+
 def gate_and_route(
     x_TD: Tensor,
     weight_ED: Tensor,
@@ -215,11 +224,8 @@ def gate_and_route(
     Args:
         count: the counts will be read, so let them come with the losses and not from launches of their own.
     """
-    if x_TD.is_cuda:
-        from flashfusemoe_ds.kernels import routing  # not at the top: machines without CUDA may lack triton
-
-        if routing.covers(x_TD, weight_ED, top_k):
-            return route_fused(x_TD, weight_ED, gating, top_k, aux_loss_coeff, z_loss_coeff, bias_E, count)
+    if runs_fused(x_TD, weight_ED, top_k):
+        return route_fused(x_TD, weight_ED, gating, top_k, aux_loss_coeff, z_loss_coeff, bias_E, count)
     logits_TE = router_logits(x_TD, weight_ED)
     return route_with_losses(logits_TE, gating, top_k, aux_loss_coeff, z_loss_coeff, bias_E)
 
@@ -241,15 +247,20 @@ def route_fused(
     idx_TK, weight_TK, counts_E, aux_loss, z_loss = routing.route(
         x_TD, weight_ED, rule, aux_loss_coeff, z_loss_coeff, bias_E, count
     )
-    losses = {"aux_loss": aux_loss, "z_loss": z_loss}
     return Routing(
         idx_TK,
         weight_TK,
-        partial(count_routes, idx_TK, weight_ED.shape[0]) if counts_E is None else counts_E,
-        {name: loss for name, loss in losses.items() if loss is not None},
+        functools.partial(count_routes, idx_TK, weight_ED.shape[0]) if counts_E is None else counts_E,
+        named_losses(aux_loss, z_loss),
     )
 
 
+def named_losses(aux_loss: Tensor | None, z_loss: Tensor | None) -> dict[str, Tensor]:
+    """Those of the two that there are, as `Routing.losses` has them."""
+    return {name: loss for name, loss in (("aux_loss", aux_loss), ("z_loss", z_loss)) if loss is not None}
+
+
+@functools.lru_cache(maxsize=256)
 def fused_rule(gating: Gating, top_k: int) -> Rule:
     """The gating as the kernels take it."""
     from flashfusemoe_ds.kernels.routing import Rule
@@ -303,15 +314,27 @@ class Router(nn.Module):
             self.weight.mul_(0.01)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        bias_E = self.expert_bias if self.gating.expert_bias else None
-        counting = self.gating.expert_bias and self.training
         routing = gate_and_route(
-            x_TD, self.weight, self.gating, self.top_k, self.aux_loss_coeff, self.z_loss_coeff, bias_E, counting
-        )
-        if counting:
-            # A recomputed forward counts twice; the sign in the update rule does not see a common factor.
-            self.routed_counts += routing.counts_E
+            x_TD, self.weight, self.gating, self.top_k, self.aux_loss_coeff, self.z_loss_coeff, self.bias_E,
+            self.counts,
+        )  # fmt: skip
+        if self.counts:
+            self.tally(routing.counts_E)
         return routing
+
+    @property
+    def bias_E(self) -> Tensor | None:
+        """The bias on the scores for choosing, if the gating has one."""
+        return self.expert_bias if self.gating.expert_bias else None
+
+    @property
+    def counts(self) -> bool:
+        """Whether this forward's routes count for the next bias update."""
+        return self.gating.expert_bias and self.training
+
+    def tally(self, counts_E: Tensor) -> None:
+        """Adds to `routed_counts`. A recomputed forward counts twice; the sign in the update rule does not see it."""
+        self.routed_counts += counts_E
 
     def _apply(self, fn, recurse: bool = True) -> Router:
         """Moves the module, but leaves the bias in float32: steps of 1e-3 would vanish in bf16's eight bits."""
