@@ -24,14 +24,14 @@ from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.gather_sum import gather_partials, gather_sum, gather_sum_and_partials
 from flashfusemoe_ds.kernels.order import ExpertOrder, sort_by_expert
 from flashfusemoe_ds.kernels.precision import without_autocast
-from flashfusemoe_ds.kernels.products import ExpertProducts
+from flashfusemoe_ds.kernels.products import ExpertProducts, UpWeights, stacked
 from flashfusemoe_ds.kernels.segment_sum import segment_sum
 
 
 def experts_forward(
     x_RD: Tensor,
     weight_RK: Tensor,
-    w_up_eHD: Tensor,
+    w_up: UpWeights,
     w_down_eDF: Tensor,
     b_up_eH: Tensor | None,
     b_down_eD: Tensor | None,
@@ -42,8 +42,8 @@ def experts_forward(
 ) -> tuple[Tensor, Tensor, ExpertOrder]:
     """The stage without autograd; arguments as in `experts`. Returns y [R, D], H [N, H] and the routes' order."""
     with without_autocast(x_RD.device.type):
-        order = sort_by_expert(idx_RK, w_up_eHD.shape[0], num_routes)
-        h_NH, a_NF = products.up(x_RD, order, w_up_eHD, b_up_eH, weight_RK, activation)
+        order = sort_by_expert(idx_RK, w_down_eDF.shape[0], num_routes)
+        h_NH, a_NF = products.up(x_RD, order, w_up, b_up_eH, weight_RK, activation)
         y_ND = products.down(a_NF, order, w_down_eDF, b_down_eD, weight_RK)
         return gather_sum(y_ND, order.pos_RK), h_NH, order
 
@@ -53,7 +53,7 @@ def row_gradients(
     x_RD: Tensor,
     h_NH: Tensor | None,
     weight_RK: Tensor,
-    w_up_eHD: Tensor,
+    w_up: UpWeights,
     w_down_eDF: Tensor,
     b_up_eH: Tensor | None,
     b_down_eD: Tensor | None,
@@ -71,7 +71,7 @@ def row_gradients(
         overwrite_h: let dH take the memory of the H that was passed.
     """
     if h_NH is None:
-        h_NH, _ = products.up(x_RD, order, w_up_eHD, b_up_eH, weight_RK, activation)
+        h_NH, _ = products.up(x_RD, order, w_up, b_up_eH, weight_RK, activation)
         overwrite_h = True
     return products.dgated(dout_RD, order, w_down_eDF, b_down_eD, h_NH, weight_RK, activation, overwrite_h=overwrite_h)
 
@@ -81,6 +81,7 @@ def parameter_gradients(
     x_RD: Tensor,
     rows: list[Tensor],
     weight_RK: Tensor,
+    w_up: UpWeights,
     b_up_eH: Tensor | None,
     b_down_eD: Tensor | None,
     order: ExpertOrder,
@@ -88,7 +89,7 @@ def parameter_gradients(
     needs: Sequence[bool],
     *,
     consume_h: bool,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[UpWeights | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of (w_up, w_down, b_up, b_down), None where `needs` says that nobody asks.
 
     Args:
@@ -100,7 +101,7 @@ def parameter_gradients(
     dw_up = dw_down = db_up = db_down = None
     a_NF, dh_NH = rows.pop(), rows.pop()
     if need_w_up:
-        dw_up = products.dw_up(dh_NH, order, x_RD)
+        dw_up = products.dw_up(dh_NH, order, x_RD, w_up)
     if need_b_up:
         db_up = segment_sum(dh_NH, order, b_up_eH.dtype)
     if consume_h:
@@ -118,7 +119,7 @@ def experts_backward(
     x_RD: Tensor,
     h_NH: Tensor | None,
     weight_RK: Tensor,
-    w_up_eHD: Tensor,
+    w_up: UpWeights,
     w_down_eDF: Tensor,
     b_up_eH: Tensor | None,
     b_down_eD: Tensor | None,
@@ -129,6 +130,7 @@ def experts_backward(
     *,
     consume_h: bool,
     send_input_grads: Callable[[Tensor, Tensor], None] | None = None,
+    spared_sms: int = 0,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of (x, weight, w_up, w_down, b_up, b_down), None where `needs` says that nobody asks.
 
@@ -138,6 +140,7 @@ def experts_backward(
         consume_h: the H that was passed is not needed again: dH takes its memory, which is then freed.
         send_input_grads: gets the gradients of x and weight before those of the parameters are launched, so that they
             can travel meanwhile; `needs` must ask for both.
+        spared_sms: multiprocessors that the parameters' gradients leave to that.
     """
     need_x, need_weight, *need_parameters = needs
     consume_h = consume_h and h_NH is not None
@@ -145,13 +148,13 @@ def experts_backward(
     with without_autocast(dout_RD.device.type):
         dout_RD = dout_RD.contiguous()
         dh_NH, a_NF, ds_PN = row_gradients(
-            dout_RD, x_RD, h_NH, weight_RK, w_up_eHD, w_down_eDF, b_up_eH, b_down_eD, order, activation, products,
+            dout_RD, x_RD, h_NH, weight_RK, w_up, w_down_eDF, b_up_eH, b_down_eD, order, activation, products,
             overwrite_h=consume_h,
         )  # fmt: skip
         del h_NH
         dx = dweight = None
         if need_x:
-            dx, dweight = gather_sum_and_partials(products.dx(dh_NH, order, w_up_eHD), order.pos_RK, ds_PN)
+            dx, dweight = gather_sum_and_partials(products.dx(dh_NH, order, w_up), order.pos_RK, ds_PN)
         elif need_weight:
             dweight = gather_partials(ds_PN, order.pos_RK)
         dweight = dweight.to(weight_RK.dtype) if need_weight else None
@@ -159,47 +162,57 @@ def experts_backward(
             send_input_grads(dx, dweight)
         rows = [dh_NH, a_NF]
         del dh_NH, a_NF
-        return (
-            dx,
-            dweight,
-            *parameter_gradients(
-                dout_RD,
-                x_RD,
-                rows,
-                weight_RK,
-                b_up_eH,
-                b_down_eD,
-                order,
-                products,
-                need_parameters,
-                consume_h=consume_h,
-            ),
-        )
+        dparameters = parameter_gradients(
+            dout_RD, x_RD, rows, weight_RK, w_up, b_up_eH, b_down_eD, order, products.sparing(spared_sms),
+            need_parameters, consume_h=consume_h,
+        )  # fmt: skip
+        return dx, dweight, *dparameters
 
 
 class _Experts(torch.autograd.Function):
     """The stage as one autograd node, so that what it keeps is chosen here and not by autograd."""
 
     @staticmethod
-    def forward(ctx, x_RD, weight_RK, w_up, w_down, b_up, b_down, idx_RK, num_routes, activation, products, recompute):
+    def forward(ctx, x_RD, weight_RK, w_up, w_down, b_up, b_down, w_gate, idx_RK, num_routes, activation, products,
+                recompute):  # fmt: skip
         out_RD, h_NH, order = experts_forward(
-            x_RD, weight_RK, w_up, w_down, b_up, b_down, idx_RK, num_routes, activation, products
+            x_RD, weight_RK, join(w_gate, w_up), w_down, b_up, b_down, idx_RK, num_routes, activation, products
         )
         kept_h = None if recompute else h_NH
-        ctx.save_for_backward(x_RD, kept_h, weight_RK, w_up, w_down, b_up, b_down, *order.tensors())
+        ctx.save_for_backward(x_RD, kept_h, weight_RK, w_up, w_down, b_up, b_down, w_gate, *order.tensors())
         ctx.activation, ctx.products = activation, products
         return out_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_RD):
-        saved = ctx.saved_tensors  # once: activation checkpointing hands it out once
+        # Unpacked once: activation checkpointing hands it out once.
+        x_RD, kept_h, weight_RK, w_up, w_down, b_up, b_down, w_gate, *order = ctx.saved_tensors
         grads = experts_backward(
-            dout_RD, *saved[:7], ExpertOrder(*saved[7:]), ctx.activation, ctx.products, ctx.needs_input_grad[:6],
+            dout_RD, x_RD, kept_h, weight_RK, join(w_gate, w_up), w_down, b_up, b_down, ExpertOrder(*order),
+            ctx.activation, ctx.products, needs_with_gate(ctx.needs_input_grad),
             # Unless a second backward through this graph may ask for H again.
             consume_h=not graph_is_kept(),
         )  # fmt: skip
-        return *grads, None, None, None, None, None
+        return *gate_last(grads), None, None, None, None, None
+
+
+def join(w_gate: Tensor | None, w_up: Tensor) -> UpWeights:
+    """The up-projection as the products take it. In autograd Functions gate and up are arguments of their own."""
+    return w_up if w_gate is None else (w_gate, w_up)
+
+
+def needs_with_gate(needs: Sequence[bool]) -> tuple[bool, ...]:
+    """What is needed of (x, weight, w_up, w_down, b_up, b_down), given that of them and of the gate, which is last."""
+    need_x, need_weight, need_up, need_down, need_b_up, need_b_down, need_gate = needs[:7]
+    return need_x, need_weight, need_up or need_gate, need_down, need_b_up, need_b_down
+
+
+def gate_last(grads: Sequence[UpWeights | None]) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, weight, w_up, w_down, b_up, b_down) as those of (..., w_gate), gate and up apart."""
+    dx, dweight, dw_up, dw_down, db_up, db_down = grads
+    dw_gate, dw_up = dw_up if isinstance(dw_up, tuple) else (None, dw_up)
+    return dx, dweight, dw_up, dw_down, db_up, db_down, dw_gate
 
 
 def graph_is_kept() -> bool:
@@ -211,7 +224,7 @@ def experts(
     x_RD: Tensor,
     idx_RK: Tensor,
     weight_RK: Tensor,
-    w_up_eHD: Tensor,
+    w_up: UpWeights,
     w_down_eDF: Tensor,
     activation: Activation,
     products: ExpertProducts,
@@ -227,7 +240,8 @@ def experts(
         x_RD: [R, D] rows; any floating dtype, shared by the weights.
         idx_RK: int [R, K], local expert ids in [0, e) or -1 for "not here".
         weight_RK: float32 [R, K] (float64 with float64 rows); entries where idx is -1 are ignored, gradient 0.
-        w_up_eHD: [e, 2F, D] gate rows above up rows for a gated activation, else [e, F, D].
+        w_up: [e, 2F, D] gate rows above up rows for a gated activation, or gate and up as two tensors [e, F, D]; else
+            [e, F, D].
         w_down_eDF: [e, D, F].
         b_up_eH, b_down_eD: biases [e, H] and [e, D]; both optional.
         num_routes: an upper bound on the entries >= 0 of idx, default R * K; smaller saves memory, never an answer.
@@ -242,9 +256,11 @@ def experts(
         from flashfusemoe_ds.kernels import operators  # not at the top: it imports this module
 
         return operators.experts(
-            x_RD, weight_RK, w_up_eHD, w_down_eDF, b_up_eH, b_down_eD, idx_RK, num_routes, activation.name,
+            x_RD, weight_RK, stacked(w_up), w_down_eDF, b_up_eH, b_down_eD, idx_RK, num_routes, activation.name,
             products.name, recompute,
         )[0]  # fmt: skip
+    w_gate, w_up = w_up if isinstance(w_up, tuple) else (None, w_up)
     return _Experts.apply(
-        x_RD, weight_RK, w_up_eHD, w_down_eDF, b_up_eH, b_down_eD, idx_RK, num_routes, activation, products, recompute
-    )
+        x_RD, weight_RK, w_up, w_down_eDF, b_up_eH, b_down_eD, w_gate, idx_RK, num_routes, activation, products,
+        recompute,
+    )  # fmt: skip

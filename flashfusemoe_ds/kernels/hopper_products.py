@@ -20,6 +20,7 @@ from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.hopper_pipeline import BLOCK_K, BLOCK_M, BLOCK_N, HALF_M, SWIZZLED
 from flashfusemoe_ds.kernels.launch import Descriptor, launch
 from flashfusemoe_ds.kernels.order import ExpertOrder
+from flashfusemoe_ds.kernels.products import UpWeights
 from flashfusemoe_ds.kernels.sizes import cdiv
 from flashfusemoe_ds.kernels.triton_curves import CURVE_OF
 from flashfusemoe_ds.kernels.triton_products import TritonProducts
@@ -56,22 +57,26 @@ class HopperProducts(TritonProducts):
         self,
         x_RD: Tensor,
         order: ExpertOrder,
-        w_up_eHD: Tensor,
+        w_up: UpWeights,
         b_up_eH: Tensor | None,
         weight_RK: Tensor,
         activation: Activation,
     ) -> tuple[Tensor, Tensor]:
-        _, up_width, d = w_up_eHD.shape
+        first, second = w_up if isinstance(w_up, tuple) else (w_up, w_up)
+        apart = second is not first
+        _, rows, d = first.shape
+        up_width = 2 * rows if apart else rows
         f = up_width // 2 if activation.gated else up_width
-        if f % 8 or not order.num_routes or not self.takes(x_RD, w_up_eHD):
-            return super().up(x_RD, order, w_up_eHD, b_up_eH, weight_RK, activation)
+        if f % 8 or not order.num_routes or not self.takes(x_RD, first, second):
+            return super().up(x_RD, order, w_up, b_up_eH, weight_RK, activation)
         h_NH, a_NF = x_RD.new_empty(order.num_routes, up_width), x_RD.new_empty(order.num_routes, f)
         column_tiles = cdiv(f, BLOCK_N.value if activation.gated else _TILE_N)
         launch(
             hopper_rows.rows_kernel,
             self._grid(order.max_tiles * column_tiles),
             x_RD,
-            _descriptor(w_up_eHD, _TALL),
+            _descriptor(first, _TALL),
+            _descriptor(second, _TALL),
             x_RD if b_up_eH is None else b_up_eH.contiguous(),
             weight_RK.reshape(-1),
             order.row_N,
@@ -85,11 +90,12 @@ class HopperProducts(TritonProducts):
             column_tiles,
             d // 8,
             f // 8,
-            up_width,
+            rows,
             GATHER=True,
             W_TRANSPOSED=True,
             ACTIVATE=True,
             PAIRED=activation.gated,
+            APART=apart,
             CURVE=CURVE_OF[activation.name],
             BIAS=b_up_eH is not None,
             EVEN_K=d % BLOCK_K.value == 0,
@@ -107,33 +113,37 @@ class HopperProducts(TritonProducts):
     ) -> Tensor:
         if w_down_eDF.shape[1] % 8 or not self.takes(a_NF, w_down_eDF):
             return super().down(a_NF, order, w_down_eDF, b_down_eD, weight_RK)
-        return self._project_rows(a_NF, order, w_down_eDF, b_down_eD, weight_RK, transposed=True)
+        return self._project_rows(a_NF, order, w_down_eDF, w_down_eDF, b_down_eD, weight_RK, transposed=True)
 
-    def dx(self, dh_NH: Tensor, order: ExpertOrder, w_up_eHD: Tensor) -> Tensor:
-        if w_up_eHD.shape[1] % BLOCK_K.value or not self.takes(dh_NH, w_up_eHD):
-            return super().dx(dh_NH, order, w_up_eHD)
-        return self._project_rows(dh_NH, order, w_up_eHD, None, None, transposed=False)
+    def dx(self, dh_NH: Tensor, order: ExpertOrder, w_up: UpWeights) -> Tensor:
+        first, second = w_up if isinstance(w_up, tuple) else (w_up, w_up)
+        if first.shape[1] % BLOCK_K.value or not self.takes(dh_NH, first, second):
+            return super().dx(dh_NH, order, w_up)
+        return self._project_rows(dh_NH, order, first, second, None, None, transposed=False)
 
     def _project_rows(
         self,
         rows_NK: Tensor,
         order: ExpertOrder,
         w: Tensor,
+        w2: Tensor,
         bias: Tensor | None,
         weight_RK: Tensor | None,
         *,
         transposed: bool,
     ) -> Tensor:
-        """[N, K] -> [N, W], W being w's second dimension if transposed and its third if not."""
+        """[N, K] -> [N, W], W being w's second dimension if transposed and its third if not; w2 is w, or has the rest
+        of K."""
         width = w.shape[1] if transposed else w.shape[2]
         out = rows_NK.new_empty(order.num_routes, width)
-        out_desc = _descriptor(out, _HALF)
+        out_desc, block = _descriptor(out, _HALF), _TALL if transposed else _FLAT
         column_tiles = cdiv(width, _TILE_N)
         launch(
             hopper_rows.rows_kernel,
             self._grid(order.max_tiles * column_tiles),
             _descriptor(rows_NK, _TALL),
-            _descriptor(w, _TALL if transposed else _FLAT),
+            _descriptor(w, block),
+            _descriptor(w2, block),
             rows_NK if bias is None else bias.contiguous(),
             rows_NK if bias is None else weight_RK.reshape(-1),
             order.row_N,
@@ -152,6 +162,7 @@ class HopperProducts(TritonProducts):
             W_TRANSPOSED=transposed,
             ACTIVATE=False,
             PAIRED=False,
+            APART=w2 is not w,
             CURVE="",
             BIAS=bias is not None,
             EVEN_K=True,
@@ -209,16 +220,26 @@ class HopperProducts(TritonProducts):
     def dw_down(self, dout_RD: Tensor, order: ExpertOrder, a_NF: Tensor) -> Tensor:
         if not self.takes(dout_RD, a_NF):
             return super().dw_down(dout_RD, order, a_NF)
-        return self._sum_outer(dout_RD, a_NF, order, gather_left=True)
+        out_eDF = a_NF.new_empty(order.ends_e.numel(), dout_RD.shape[1], a_NF.shape[1])
+        self._sum_outer(dout_RD, a_NF, order, out_eDF, out_eDF, gather_left=True)
+        return out_eDF
 
-    def dw_up(self, dh_NH: Tensor, order: ExpertOrder, x_RD: Tensor) -> Tensor:
-        if not self.takes(dh_NH, x_RD):
-            return super().dw_up(dh_NH, order, x_RD)
-        return self._sum_outer(dh_NH, x_RD, order, gather_left=False)
+    def dw_up(self, dh_NH: Tensor, order: ExpertOrder, x_RD: Tensor, w_up: UpWeights) -> UpWeights:
+        width, apart = dh_NH.shape[1], isinstance(w_up, tuple)
+        # Stored in blocks of 64 rows, none of which may lie in both tensors.
+        if not self.takes(dh_NH, x_RD) or (apart and width % (2 * HALF_M.value)):
+            return super().dw_up(dh_NH, order, x_RD, w_up)
+        shape = order.ends_e.numel(), width // 2 if apart else width, x_RD.shape[1]
+        first = dh_NH.new_empty(shape)
+        second = dh_NH.new_empty(shape) if apart else first
+        self._sum_outer(dh_NH, x_RD, order, first, second, gather_left=False)
+        return (first, second) if apart else first
 
-    def _sum_outer(self, left: Tensor, right: Tensor, order: ExpertOrder, *, gather_left: bool) -> Tensor:
+    def _sum_outer(
+        self, left: Tensor, right: Tensor, order: ExpertOrder, out: Tensor, out2: Tensor, *, gather_left: bool
+    ) -> None:
+        """Writes each expert's left' right to out [e, M, N], or its halves of M / 2 rows to out and out2."""
         num_experts, m, n = order.ends_e.numel(), left.shape[1], right.shape[1]
-        out_eMN = left.new_empty(num_experts, m, n)
         gathered, lying = (left, right) if gather_left else (right, left)
         tile_m, tile_n = (BLOCK_M.value, _TILE_N) if gather_left else (_TILE_N, BLOCK_M.value)
         m_tiles, n_tiles = cdiv(m, tile_m), cdiv(n, tile_n)
@@ -231,8 +252,9 @@ class HopperProducts(TritonProducts):
             _descriptor(lying, _FLAT),
             order.row_N,
             order.by_size_e3,
-            out_eMN,
-            _descriptor(out_eMN, _SMALL),
+            out,
+            _descriptor(out, _SMALL),
+            _descriptor(out2, _SMALL),
             num_tiles,
             m_tiles,
             n_tiles,
@@ -240,6 +262,6 @@ class HopperProducts(TritonProducts):
             n // 8,
             GATHER_LEFT=gather_left,
             TMA_STORE=m % HALF_M.value == 0,
+            APART=out2 is not out,
             num_warps=4,
         )
-        return out_eMN

@@ -71,6 +71,7 @@ def route_weights(weight_RK, route_N, rows, end):
 def produce(
     a,
     w_desc,
+    w2_desc,
     row_N,
     tiles_M4,
     num_tiles_1,
@@ -85,6 +86,7 @@ def produce(
     GATHER: gl.constexpr,
     W_TRANSPOSED: gl.constexpr,
     PAIRED: gl.constexpr,
+    APART: gl.constexpr,
     EVEN_K: gl.constexpr,
 ):
     """Loads A's rows and two blocks of W for every step of every tile of this program."""
@@ -118,11 +120,19 @@ def produce(
                 tma_load(a, [row, k], ready, a_ring.index(s))
             if W_TRANSPOSED:
                 tma_load(w_desc, [w_row + n0, k], ready, b_ring.index(2 * s))
-                tma_load(w_desc, [w_row + n1, k], ready, b_ring.index(2 * s + 1))
+                tma_load(w2_desc, [w_row + n1, k], ready, b_ring.index(2 * s + 1))
             else:
-                # K is a multiple of 64 here: rows beyond it would be the next expert's.
-                tma_load(w_desc, [w_row + k, n0], ready, b_ring.index(2 * s))
-                tma_load(w_desc, [w_row + k, n1], ready, b_ring.index(2 * s + 1))
+                # K is a multiple of 64 here, and w_rows: rows beyond would be the next expert's.
+                if APART:
+                    if k < w_rows:
+                        tma_load(w_desc, [w_row + k, n0], ready, b_ring.index(2 * s))
+                        tma_load(w_desc, [w_row + k, n1], ready, b_ring.index(2 * s + 1))
+                    else:
+                        tma_load(w2_desc, [w_row - w_rows + k, n0], ready, b_ring.index(2 * s))
+                        tma_load(w2_desc, [w_row - w_rows + k, n1], ready, b_ring.index(2 * s + 1))
+                else:
+                    tma_load(w_desc, [w_row + k, n0], ready, b_ring.index(2 * s))
+                    tma_load(w_desc, [w_row + k, n1], ready, b_ring.index(2 * s + 1))
             if GATHER:
                 if EVEN_K:
                     mask = ok[:, None]
@@ -270,6 +280,7 @@ def consume_rows(
 def rows_kernel(
     a,
     w_desc,
+    w2_desc,
     bias,
     weight_RK,
     row_N,
@@ -288,6 +299,7 @@ def rows_kernel(
     W_TRANSPOSED: gl.constexpr,
     ACTIVATE: gl.constexpr,
     PAIRED: gl.constexpr,
+    APART: gl.constexpr,
     CURVE: gl.constexpr,
     BIAS: gl.constexpr,
     EVEN_K: gl.constexpr,
@@ -298,6 +310,8 @@ def rows_kernel(
         a: pointer to [R, K], gathered by row_N, if GATHER; else a descriptor of [N, K] in blocks [128, 64].
         w_desc: descriptor of [e * w_rows, .] in blocks [128, 64] if W_TRANSPOSED (W is [e, w_rows, K]), else [64, 128]
             (W is [e, w_rows = K, W], K a multiple of 64).
+        w2_desc: the same again, or, APART, of the other half: gate rows in one tensor, up rows in another, each
+            [e * w_rows, .]. If not W_TRANSPOSED, K = 2 * w_rows, and w_rows a multiple of 64.
         bias: [e, W or 2 W] if BIAS; times the route's weight unless ACTIVATE.
         out: [N, W], with a descriptor in blocks [64, 128]. With ACTIVATE also h, [N, 2 W] if PAIRED, which is gated:
             columns c and W + c belong together.
@@ -307,6 +321,9 @@ def rows_kernel(
     dtype: gl.constexpr = out.dtype.element_ty
     K = K8 * 8
     W = W8 * 8
+    second = W
+    if APART:
+        second = W * 0
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], SWIZZLED)
     if W_TRANSPOSED:
         b_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_N, BLOCK_K], SWIZZLED)
@@ -322,8 +339,8 @@ def rows_kernel(
         (consume_rows, (a_ring, b_ring, buffers.index(1), full, empty, bias, weight_RK, route_N, tiles_M4, num_tiles_1,
                         out, out_desc, h, h_desc, column_tiles, K, W, 1, GATHER, W_TRANSPOSED, ACTIVATE, PAIRED,
                         CURVE, BIAS)),
-        (produce, (a, w_desc, row_N, tiles_M4, num_tiles_1, a_ring, b_ring, full, empty, column_tiles, K, w_rows, W,
-                   GATHER, W_TRANSPOSED, PAIRED, EVEN_K)),
+        (produce, (a, w_desc, w2_desc, row_N, tiles_M4, num_tiles_1, a_ring, b_ring, full, empty, column_tiles, K,
+                   w_rows, second, GATHER, W_TRANSPOSED, PAIRED, APART, EVEN_K)),
     ], [4, 4], [CONSUMER_REGS, PRODUCER_REGS])
     # fmt: on
 
@@ -527,7 +544,7 @@ def dgated_kernel(
                           ds_PN, num_routes, column_tiles, D, F, 0, CURVE, GATED)),
         (consume_dgated, (a_ring, b_ring, buffers, full, empty, weight_RK, route_N, tiles_M4, num_tiles_1, h, dh, a,
                           ds_PN, num_routes, column_tiles, D, F, 1, CURVE, GATED)),
-        (produce, (dout_RD, w_desc, row_N, tiles_M4, num_tiles_1, a_ring, b_ring, full, empty, column_tiles, D, D, 0,
-                   True, False, False, True)),
+        (produce, (dout_RD, w_desc, w_desc, row_N, tiles_M4, num_tiles_1, a_ring, b_ring, full, empty, column_tiles, D,
+                   D, 0, True, False, False, False, True)),
     ], [4, 4], [CONSUMER_REGS, PRODUCER_REGS])
     # fmt: on

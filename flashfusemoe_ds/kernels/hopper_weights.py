@@ -119,6 +119,14 @@ def produce(
 
 
 @gluon.jit
+def store_apart(desc, desc2, buffer0, buffer1, acc, expert, row, column, split):
+    """Stores [64, 128] at the expert's row into one of two [e * split, .]: rows from `split` on are the second's."""
+    at = expert * split + row
+    store_by_tma(desc, buffer0, buffer1, acc, at, column, row < split)
+    store_by_tma(desc2, buffer0, buffer1, acc, at - split, column, (row >= split) & (row < 2 * split))
+
+
+@gluon.jit
 def consume(
     narrow,
     wide,
@@ -128,6 +136,7 @@ def consume(
     by_size_e3,
     out,
     out_desc,
+    out2_desc,
     num_tiles,
     m_tiles,
     n_tiles,
@@ -136,6 +145,7 @@ def consume(
     HALF: gl.constexpr,
     GATHER_LEFT: gl.constexpr,
     TMA_STORE: gl.constexpr,
+    APART: gl.constexpr,
 ):
     """One half of every tile: multiply and store; zeros for an expert without routes."""
     rows = gl.arange(0, HALF_M, gl.SliceLayout(1, WIDE))
@@ -159,7 +169,12 @@ def consume(
             col1 = col0
         expert, start, end = read_expert(by_size_e3, t + gl.num_programs(0), tiles_each, num_tiles)
         acc0, acc1, step = multiply(narrow, wide, full, empty, step, k_steps, HALF, not GATHER_LEFT, True, False, True)
-        if TMA_STORE:
+        if APART:
+            buffer0 = buffers.index(2 * HALF)
+            buffer1 = buffers.index(2 * HALF + 1)
+            store_apart(out_desc, out2_desc, buffer0, buffer1, acc0, this_expert, row0, col0, M // 2)
+            store_apart(out_desc, out2_desc, buffer0, buffer1, acc1, this_expert, row1, col1, M // 2)
+        elif TMA_STORE:
             buffer0 = buffers.index(2 * HALF)
             buffer1 = buffers.index(2 * HALF + 1)
             store_by_tma(out_desc, buffer0, buffer1, acc0, this_expert * M + row0, col0, row0 < M)
@@ -187,6 +202,7 @@ def weight_grad_kernel(
     by_size_e3,
     out,
     out_desc,
+    out2_desc,
     num_tiles,
     m_tiles,
     n_tiles,
@@ -194,6 +210,7 @@ def weight_grad_kernel(
     N8,
     GATHER_LEFT: gl.constexpr,
     TMA_STORE: gl.constexpr,
+    APART: gl.constexpr,
 ):
     """out [e, M, N]: for each expert, the sum over its routes n of left[n]' right[n]. Launch with num_warps=4.
 
@@ -204,6 +221,8 @@ def weight_grad_kernel(
         lying_desc: descriptor of lying in blocks [64, 128].
         out_desc: descriptor of [e * M, N] in blocks [64, 64]. TMA_STORE: store through it, for M a multiple of 64, so
             that no block reaches into the next expert.
+        out2_desc: the same again, or, APART, of the second of two outputs [e, M / 2, N], which have the upper and the
+            lower half of the rows; M a multiple of 128, with TMA_STORE.
         m_tiles, n_tiles: cdiv(M, 128) and cdiv(N, 256) with GATHER_LEFT, else cdiv(M, 256) and cdiv(N, 128).
         num_tiles: e * m_tiles * n_tiles.
         M8, N8: M / 8 and N / 8, so that the compiler knows rows to start at multiples of 16 bytes.
@@ -226,10 +245,10 @@ def weight_grad_kernel(
     full, empty = make_barriers(129)
     # fmt: off
     gl.warp_specialize([
-        (consume, (narrow, wide, buffers, full, empty, by_size_e3, out, out_desc, num_tiles, m_tiles, n_tiles, M, N, 0,
-                   GATHER_LEFT, TMA_STORE)),
-        (consume, (narrow, wide, buffers, full, empty, by_size_e3, out, out_desc, num_tiles, m_tiles, n_tiles, M, N, 1,
-                   GATHER_LEFT, TMA_STORE)),
+        (consume, (narrow, wide, buffers, full, empty, by_size_e3, out, out_desc, out2_desc, num_tiles, m_tiles,
+                   n_tiles, M, N, 0, GATHER_LEFT, TMA_STORE, APART)),
+        (consume, (narrow, wide, buffers, full, empty, by_size_e3, out, out_desc, out2_desc, num_tiles, m_tiles,
+                   n_tiles, M, N, 1, GATHER_LEFT, TMA_STORE, APART)),
         (produce, (gathered, lying, lying_desc, row_N, by_size_e3, narrow, wide, full, empty, num_tiles, m_tiles,
                    n_tiles, gathered_width, lying_width, GATHER_LEFT)),
     ], [4, 4], [CONSUMER_REGS, PRODUCER_REGS])

@@ -6,7 +6,7 @@
     backward  dgated   gather dY's rows, dA = dY W_down, then from H:  dH [N, H], A [N, F], dS (the weights' gradient)
               dx       dH -> dX [N, D]
               dw_down  dY' A   -> [e, D, F]
-              dw_up    dH' X   -> [e, H, D]
+              dw_up    dH' X   -> [e, H, D], or gate and up apart
 
 Rows [N, .] are in the order of `ExpertOrder`; "gather" means that row n is read at order.row_N[n]. Rows at or past
 order.ends_e[-1] are never read by anyone and may hold anything, NaN included. An expert without rows gets zeros.
@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from flashfusemoe_ds.kernels.activation import Activation
@@ -25,17 +26,37 @@ from flashfusemoe_ds.kernels.grouped_gemm import GroupedGemm
 from flashfusemoe_ds.kernels.order import ExpertOrder
 from flashfusemoe_ds.kernels.precision import compute_dtype
 
+UpWeights = Tensor | tuple[Tensor, Tensor]
+"""The up-projection: [e, H, D], or, gated, its gate and its up rows as two tensors [e, F, D]."""
+
+
+def stacked(w_up: UpWeights) -> Tensor:
+    """[e, H, D]; a copy if gate and up are apart."""
+    return torch.cat(w_up, dim=1) if isinstance(w_up, tuple) else w_up
+
+
+def like_weights(dw_up_eHD: Tensor, w_up: UpWeights) -> UpWeights:
+    """A gradient of [e, H, D] as the weights lie."""
+    if not isinstance(w_up, tuple):
+        return dw_up_eHD
+    gate, up = dw_up_eHD.chunk(2, dim=1)
+    return gate.contiguous(), up.contiguous()
+
 
 class ExpertProducts(Protocol):
     """One backend for the six products. Rows and weights share one dtype; route weights are float32 (or float64)."""
 
     name: str
 
+    def sparing(self, num_sms: int) -> ExpertProducts:
+        """The same products, leaving so many multiprocessors to others where the backend can."""
+        ...
+
     def up(
         self,
         x_RD: Tensor,
         order: ExpertOrder,
-        w_up_eHD: Tensor,
+        w_up: UpWeights,
         b_up_eH: Tensor | None,
         weight_RK: Tensor,
         activation: Activation,
@@ -70,7 +91,7 @@ class ExpertProducts(Protocol):
         over P is each route's gradient. With overwrite_h, dH may take H's memory."""
         ...
 
-    def dx(self, dh_NH: Tensor, order: ExpertOrder, w_up_eHD: Tensor) -> Tensor:
+    def dx(self, dh_NH: Tensor, order: ExpertOrder, w_up: UpWeights) -> Tensor:
         """Returns [N, D], to be summed over each row's routes."""
         ...
 
@@ -78,8 +99,8 @@ class ExpertProducts(Protocol):
         """Returns [e, D, F]."""
         ...
 
-    def dw_up(self, dh_NH: Tensor, order: ExpertOrder, x_RD: Tensor) -> Tensor:
-        """Returns [e, H, D]."""
+    def dw_up(self, dh_NH: Tensor, order: ExpertOrder, x_RD: Tensor, w_up: UpWeights) -> UpWeights:
+        """Returns what has the shapes of w_up."""
         ...
 
 
@@ -93,9 +114,12 @@ class TorchProducts:
     def name(self) -> str:
         return self.gemm.name
 
-    def up(self, x_RD, order, w_up_eHD, b_up_eH, weight_RK, activation):
+    def sparing(self, num_sms: int) -> TorchProducts:
+        return self  # torch's kernels take what they take
+
+    def up(self, x_RD, order, w_up, b_up_eH, weight_RK, activation):
         bias_NH = None if b_up_eH is None else b_up_eH[order.expert_N()]
-        h_NH = self.gemm.nt(x_RD.index_select(0, order.row_N), w_up_eHD, order.ends_e, bias_NH)
+        h_NH = self.gemm.nt(x_RD.index_select(0, order.row_N), stacked(w_up), order.ends_e, bias_NH)
         value_NF = activation.forward(h_NH.to(compute_dtype(h_NH.dtype)))
         return h_NH, (value_NF * route_weights(weight_RK, order)).to(x_RD.dtype)
 
@@ -116,14 +140,14 @@ class TorchProducts:
         dtype = h_NH.dtype
         return (dh_NH * scale_N1).to(dtype), (a_NF * scale_N1).to(dtype), ds_N.unsqueeze(0)
 
-    def dx(self, dh_NH, order, w_up_eHD):
-        return self.gemm.nn(dh_NH, w_up_eHD, order.ends_e)
+    def dx(self, dh_NH, order, w_up):
+        return self.gemm.nn(dh_NH, stacked(w_up), order.ends_e)
 
     def dw_down(self, dout_RD, order, a_NF):
         return self.gemm.tn(dout_RD.index_select(0, order.row_N), a_NF, order.ends_e)
 
-    def dw_up(self, dh_NH, order, x_RD):
-        return self.gemm.tn(dh_NH, x_RD.index_select(0, order.row_N), order.ends_e)
+    def dw_up(self, dh_NH, order, x_RD, w_up):
+        return like_weights(self.gemm.tn(dh_NH, x_RD.index_select(0, order.row_N), order.ends_e), w_up)
 
 
 def route_weights(weight_RK: Tensor, order: ExpertOrder) -> Tensor:

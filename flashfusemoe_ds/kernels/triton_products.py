@@ -22,6 +22,7 @@ from flashfusemoe_ds.kernels import triton_rows, triton_weights
 from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.launch import Descriptor, launch
 from flashfusemoe_ds.kernels.order import TILE_ROWS, ExpertOrder
+from flashfusemoe_ds.kernels.products import UpWeights, like_weights, stacked
 from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
 from flashfusemoe_ds.kernels.triton_curves import CURVE_OF
 
@@ -173,17 +174,21 @@ class TritonProducts:
         """The products for a device on which `why_not` found nothing."""
         return cls(*_properties(device)) if device.type == "cuda" else cls((0, 0), 2)
 
+    def sparing(self, num_sms: int) -> TritonProducts:
+        return replace(self, num_sms=max(1, self.num_sms - num_sms)) if num_sms else self
+
     # --- rows ----------------------------------------------------------------------------------------------------
 
     def up(
         self,
         x_RD: Tensor,
         order: ExpertOrder,
-        w_up_eHD: Tensor,
+        w_up: UpWeights,
         b_up_eH: Tensor | None,
         weight_RK: Tensor,
         activation: Activation,
     ) -> tuple[Tensor, Tensor]:
+        w_up_eHD = stacked(w_up)
         _, up_width, d = w_up_eHD.shape
         f = up_width // 2 if activation.gated else up_width
         h_NH, a_NF = x_RD.new_empty(order.num_routes, up_width), x_RD.new_empty(order.num_routes, f)
@@ -223,8 +228,8 @@ class TritonProducts:
     ) -> Tensor:
         return self._project("down", a_NF, order, w_down_eDF, b_down_eD, weight_RK)
 
-    def dx(self, dh_NH: Tensor, order: ExpertOrder, w_up_eHD: Tensor) -> Tensor:
-        return self._project("dx", dh_NH, order, w_up_eHD, None, None)
+    def dx(self, dh_NH: Tensor, order: ExpertOrder, w_up: UpWeights) -> Tensor:
+        return self._project("dx", dh_NH, order, stacked(w_up), None, None)
 
     def _project(
         self,
@@ -347,8 +352,8 @@ class TritonProducts:
     def dw_down(self, dout_RD: Tensor, order: ExpertOrder, a_NF: Tensor) -> Tensor:
         return self._weight_grad("dw_down", dout_RD, a_NF, order)
 
-    def dw_up(self, dh_NH: Tensor, order: ExpertOrder, x_RD: Tensor) -> Tensor:
-        return self._weight_grad("dw_up", dh_NH, x_RD, order)
+    def dw_up(self, dh_NH: Tensor, order: ExpertOrder, x_RD: Tensor, w_up: UpWeights) -> UpWeights:
+        return like_weights(self._weight_grad("dw_up", dh_NH, x_RD, order), w_up)
 
     def _weight_grad(self, product: str, left: Tensor, right: Tensor, order: ExpertOrder) -> Tensor:
         num_experts, m, n = order.ends_e.numel(), left.shape[1], right.shape[1]

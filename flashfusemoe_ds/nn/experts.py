@@ -16,7 +16,7 @@ from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.gather_sum import gather_sum
 from flashfusemoe_ds.kernels.order import sort_by_expert
 from flashfusemoe_ds.kernels.precision import compute_dtype
-from flashfusemoe_ds.kernels.products import ExpertProducts
+from flashfusemoe_ds.kernels.products import ExpertProducts, UpWeights
 from flashfusemoe_ds.kernels.select import check_gemm_backend, select_products
 from flashfusemoe_ds.types import Dispatched
 
@@ -115,7 +115,7 @@ class GroupedExperts(nn.Module):
         self._products(x_TD)
         return x_TD
 
-    def operands(self, x: Tensor) -> tuple[tuple[Tensor | None, ...], ExpertProducts]:
+    def operands(self, x: Tensor) -> tuple[tuple[UpWeights, Tensor, Tensor | None, Tensor | None], ExpertProducts]:
         """What the experts stage takes beside the rows `x`: (w_up, w_down, b_up, b_down), and the backend."""
         parameters = under_autocast(
             getattr(self, self.up_name), self.down_proj, getattr(self, f"{self.up_name}_bias"), self.down_proj_bias

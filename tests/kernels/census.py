@@ -229,7 +229,7 @@ def portable_launches() -> list[Launch]:
             products.dgated(x, order, down, None, empty(n, h), weight, act, overwrite_h=not bias)
             products.dx(empty(n, h), order, up)
             products.dw_down(x, order, empty(n, f))
-            products.dw_up(empty(n, h), order, x)
+            products.dw_up(empty(n, h), order, x, up)
         return [launch for launch in launches if not only or launch.kernel.__name__ in only]
 
     activate = ("up_kernel", "dgated_kernel")
@@ -281,7 +281,7 @@ def hopper_launches() -> list[Launch]:
             ),
             "dx": (tma, lambda: products.dx(empty(n, h), order, up)),
             "dw_down": (gather, lambda: products.dw_down(x, order, empty(n, f))),
-            "dw_up": (gather, lambda: products.dw_up(empty(n, h), order, x)),
+            "dw_up": (gather, lambda: products.dw_up(empty(n, h), order, x, up)),
         }
         launches: list[Launch] = []
         for product, (expects, call) in calls.items():
@@ -309,7 +309,28 @@ def hopper_launches() -> list[Launch]:
     return launches
 
 
-SOURCES: tuple[Callable[[], list[Launch]], ...] = (portable_launches, hopper_launches)
+def exchange_launches() -> list[Launch]:
+    """What the all-to-all transport launches; of a shape only K, P, e and D are compiled in."""
+    from flashfusemoe_ds.kernels import triton_exchange
+
+    def run(name: str, tokens: int, d: int, top_k: int, ranks: int, experts: int) -> list[Launch]:
+        idx = torch.empty(tokens, top_k, dtype=torch.int64, device="meta")
+        weight = torch.empty(tokens, top_k, device="meta")
+        x = torch.empty(tokens, d, dtype=torch.bfloat16, device="meta")
+        with record(triton_exchange, f"exchange {name}", ()) as launches:
+            _, blocks = triton_exchange.count_rows(idx, experts // ranks, ranks)
+            slot, _ = triton_exchange.place_rows(idx, weight, experts // ranks, ranks, blocks)
+            triton_exchange.spread_rows(x, slot, slot.numel())
+        return launches
+
+    return [
+        *run("qwen3 EP=8", 16384, 2048, 8, 8, 128),
+        *run("dsv3 EP=64", 8192, 7168, 8, 64, 256),
+        *run("widest", 4096, 1416, 32, 64, 1024),
+    ]
+
+
+SOURCES: tuple[Callable[[], list[Launch]], ...] = (portable_launches, hopper_launches, exchange_launches)
 
 
 def main() -> None:

@@ -29,7 +29,9 @@ def operands(tokens: int, num_experts: int, d: int, f: int, activation: str, bia
     scales = [1.0, 2 * d**-0.5, d**-0.5, f**-0.5]
     if bias:
         shapes, scales = [*shapes, (num_experts, width), (num_experts, d)], [*scales, 0.3, 0.3]
-    values = [s * torch.randn(shape, generator=g, dtype=torch.float64) for shape, s in zip(shapes, scales, strict=True)]
+    values = [
+        s * torch.randn(shape, generator=g, dtype=torch.float64) for shape, s in zip(shapes, scales, strict=True)
+    ]
     return [v.to(DEVICE, dtype).requires_grad_() for v in values]
 
 

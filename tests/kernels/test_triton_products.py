@@ -148,6 +148,7 @@ def check_products(case: Case, products: TritonProducts, activation: str, dtype:
     h, a = products.up(low.x, order, low.up, low_up, low.weight, act)
     expected_h, expected_a = REFERENCE.up(case.x, order, case.up, b_up, case.weight, act)
     assert h.dtype is a.dtype is dtype
+    first_a = a
     close("H", h, expected_h)
     close("A", a, expected_a)
     y = products.down(low.a, order, low.down, low_down, low.weight)
@@ -164,8 +165,19 @@ def check_products(case: Case, products: TritonProducts, activation: str, dtype:
     close("dX", products.dx(low.dh, order, low.up), REFERENCE.dx(clean.dh, order, case.up))
     dw_down = products.dw_down(low.dout, order, low.a)
     close("dW_down", dw_down, REFERENCE.dw_down(case.dout, order, clean.a), by_row=False)
-    dw_up = products.dw_up(low.dh, order, low.x)
-    close("dW_up", dw_up, REFERENCE.dw_up(clean.dh, order, case.x), by_row=False)
+    dw_up = products.dw_up(low.dh, order, low.x, low.up)
+    close("dW_up", dw_up, REFERENCE.dw_up(clean.dh, order, case.x, case.up), by_row=False)
+    if act.gated:
+        # Gate and up as two tensors: the same tiles and sums.
+        apart = tuple(half.contiguous() for half in low.up.chunk(2, dim=1))
+        for one, two in zip(products.up(low.x, order, apart, low_up, low.weight, act), (h, first_a), strict=True):
+            assert torch.equal(up_to_end(order, one), up_to_end(order, two)), "H or A, gate and up apart"
+        dx_apart = products.dx(low.dh, order, apart)
+        assert torch.equal(up_to_end(order, dx_apart), up_to_end(order, products.dx(low.dh, order, low.up)))
+        for half, expected_half in zip(
+            products.dw_up(low.dh, order, low.x, apart), dw_up.chunk(2, dim=1), strict=True
+        ):
+            assert half.is_contiguous() and torch.equal(half, expected_half), "dW_up, gate and up apart"
     for name, rows, weight in (("db_up", "dh", None), ("db_down", "dout", "weight")):
         weights = (None, None) if weight is None else (low.weight, case.weight)
         actual = triton_products.segment_sum(getattr(low, rows), order, dtype, weights[0])
