@@ -40,17 +40,19 @@ FOOTER = """\
 ## What takes effect where
 
 - `flashfusemoe_ds.initialize` puts every key into effect. `attach(engine)` cannot change what the engine was built
-  with: `overlap_dense_grads` has no effect there, and `replace_moe` is only checked (see
-  [quickstart.md](quickstart.md#attach)).
-- `overlap_dense_grads` sets `zero_optimization.overlap_comm` at ZeRO stages 1 and 2, where the config does not say
-  otherwise. At stage 0 it does nothing in this version.
+  with: at ZeRO stages 1 and 2 `overlap_dense_grads` needs `overlap_comm` in the config there, and `replace_moe` is
+  only checked for deepspeed.moe layers (see [quickstart.md](quickstart.md#attach)).
+- `overlap_dense_grads` also sets `zero_optimization.overlap_comm` and `reduce_bucket_size` at ZeRO stages 1 and 2,
+  where the config does not say otherwise. The configurations it leaves to DeepSpeed, and `exact_grad_norm`, are in
+  [zero_and_checkpoints.md](zero_and_checkpoints.md).
 - `gemm_backend` and `recompute_activations` concern fused experts. Experts that run one by one (see
   [migrating_from_deepspeed_moe.md](migrating_from_deepspeed_moe.md#which-experts-are-fused)) ignore them.
-- In this version `ep_backend` "deep_ep" and "symm_mem" are names without an implementation: asking for one raises.
-  "hybrid" therefore always takes "nccl". `gemm_backend` "triton" needs a CUDA GPU of compute capability 8.0 or more.
-  `python -m flashfusemoe_ds.report` prints what runs on a machine, and why the rest does not.
+- `ep_backend` "deep_ep" needs the package of that name, "symm_mem" GPUs of one host, "hybrid" takes what is there; see
+  [expert_parallelism.md](expert_parallelism.md). `gemm_backend` "triton" needs a CUDA GPU of compute capability 8.0 or
+  more. `python -m flashfusemoe_ds.report` prints what runs on a machine, and why the rest does not.
 - `MoELayer` and `fused_moe` read no config: `gemm_backend` and `recompute_activations` are arguments there, and
-  `shard_experts` takes the `ep_backend`.
+  `shard_experts` takes the `ep_backend` and, as dicts, the sections `deep_ep`, `symm_mem` and `overlap`.
+- `overlap.shared_experts` concerns `MoELayer`, whose shared experts are its own.
 """
 
 

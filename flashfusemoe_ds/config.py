@@ -21,7 +21,7 @@ class DeepEPConfig(_Section):
     """Settings of `ep_backend: "deep_ep"`."""
 
     num_sms: int = Field(24, ge=2, multiple_of=2, description="Streaming multiprocessors given to the exchange.")
-    max_tokens_per_rank: int = Field(8192, ge=1, description="Most tokens one rank sends in one call.")
+    max_tokens_per_rank: int = Field(8192, ge=1, description="Most tokens one rank sends in one call (DeepEP 2.x).")
 
 
 class SymmMemConfig(_Section):
@@ -29,7 +29,13 @@ class SymmMemConfig(_Section):
 
     num_sms: int = Field(24, ge=1, description="Streaming multiprocessors given to the exchange.")
     max_tokens_per_rank: int = Field(
-        8192, ge=1, description="Most tokens one rank sends in one call; buffers are sized for it."
+        8192, ge=1, description="Most tokens one rank sends in one call; buffers are sized for it. More raise."
+    )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="Routes that one rank has room for, as a multiple of max_tokens_per_rank * top_k; the host then "
+        "never waits for the device, and more routes raise. Left out, the host reads their number in each dispatch.",
     )
 
 
@@ -43,6 +49,9 @@ class OverlapConfig(_Section):
     router_grad: bool = Field(
         True, description="The router's backward runs while the experts' input gradient travels; needs input_grad."
     )
+    num_sms: int = Field(
+        0, ge=0, description="Streaming multiprocessors that the kernels of dW leave to the exchange beside them."
+    )
 
 
 class FlashFuseMoEConfig(_Section):
@@ -54,15 +63,22 @@ class FlashFuseMoEConfig(_Section):
         "hybrid takes deep_ep where usable, else symm_mem, else nccl, and logs which and why.",
     )
     replace_moe: bool = Field(
-        True, description="Turn deepspeed.moe.layer.MoE modules of the model into fused ones, weights kept."
+        True,
+        description="Turn deepspeed.moe.layer.MoE modules of the model into fused ones, weights kept, and likewise "
+        "the layers that DeepSpeed's AutoEP builds.",
     )
     gemm_backend: Literal["triton", "grouped_mm", "reference"] | None = Field(
         None, description="Backend of the experts' matrix products; omitted, the fastest that runs on the operands."
     )
     overlap_dense_grads: bool = Field(
         True,
-        description="Reduce dense gradients during backward: at ZeRO stages 1 and 2, sets overlap_comm where the "
-        "config leaves it out.",
+        description="Reduce dense and expert gradients during backward, at ZeRO stages 0, 1 and 2. At 1 and 2 sets "
+        "overlap_comm where the config leaves it out.",
+    )
+    exact_grad_norm: bool = Field(
+        True,
+        description="At ZeRO stage 0, clip by the norm of the whole model's gradient, the same at every ep_size. "
+        "false: DeepSpeed's own norm, which for float32 averages the ranks' norms, each over its own experts.",
     )
     recompute_activations: bool = Field(
         False, description="Keep only the layer's input for the backward and recompute the up-projection."

@@ -8,7 +8,6 @@ CUDA is first touched when the report is made, not when this module is imported.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import json
 import os
@@ -24,6 +23,7 @@ import torch
 import torch.distributed
 
 import flashfusemoe_ds
+from flashfusemoe_ds.dispatch.deep_ep import class_in_package, loaded_nccl_version
 from flashfusemoe_ds.dispatch.select import EP_BACKENDS, resolve_hybrid, why_not
 from flashfusemoe_ds.kernels.grouped_gemm import TorchGroupedGemm
 from flashfusemoe_ds.kernels.select import why_not_hopper, why_not_triton
@@ -143,13 +143,10 @@ def _compiled_version(name: str) -> str:
 def _nccl_version() -> str:
     if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
         return "not in this torch"
-    code = ctypes.c_int()
-    try:
-        # The soname that torch has loaded; torch.cuda.nccl.version() is the one of the headers it was built with.
-        ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(code))
-    except (OSError, AttributeError):
+    loaded = loaded_nccl_version()
+    if loaded is None:
         return ".".join(map(str, torch.cuda.nccl.version())) + " (torch's headers)"
-    return f"{code.value // 10000}.{code.value % 10000 // 100}.{code.value % 100}"
+    return ".".join(map(str, loaded))
 
 
 # --- hardware ----------------------------------------------------------------------------------------------------
@@ -265,6 +262,10 @@ def _what_it_uses(name: str) -> str:
     if name == "hybrid":
         chosen, why = resolve_hybrid()
         return f"takes {chosen} ({why})"
+    if name == "deep_ep":
+        return f"{class_in_package()} of package deep_ep, where a layer's sizes fit it"
+    if name == "symm_mem":
+        return "Triton kernels over PyTorch's symmetric memory, where a group's ranks are on one host"
     libraries = (("nccl", torch.distributed.is_nccl_available()), ("gloo", torch.distributed.is_gloo_available()))
     return f"all-to-all of torch.distributed, which has {' and '.join(n for n, there in libraries if there) or 'none'}"
 

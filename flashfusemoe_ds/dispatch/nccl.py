@@ -1,23 +1,36 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Expert parallelism over all-to-all: NCCL between GPUs, gloo between CPUs.
 
-Each dispatch is one exchange of counts, one copy of them to the host (its only synchronisation), one all-to-all of
-rows and one of their expert ids and weights. Ids and weights travel in an int32 payload of their own, bit for bit:
-inside a bf16 row an id above 256 would not survive.
+    start_dispatch     count rows per rank | the counts travel, then go to the host, beside the current stream
+                       place and spread the rows into buffers that need no counts
+      what the caller launches before it waits
+    wait               the host waits for the counts, the only time that it waits for anything
+                       ids and weights travel, then rows | ids and weights are taken apart
+    start_redispatch   spread the rows | they travel
+    start_combine      weights travel, then rows; each is added up over ranks when it is waited for
 
-Rows are ordered by destination rank, then by token, so equal inputs give equal bits.
+Ids and weights travel in an int32 payload of their own, bit for bit: inside a bf16 row an id above 256 would not
+survive. Rows are ordered by destination rank, then by token, and added up in rank order, so equal inputs give equal
+bits.
+
+A collective that fails, because a rank has died or is late by the group's timeout, raises RuntimeError on the others,
+in words that name it. What the GPU runs on its own, after the counts, fails where torch's watchdog sees it.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 import torch.distributed
 from torch import Tensor
 
 from flashfusemoe_ds.dispatch.base import Combined, Pending
+from flashfusemoe_ds.kernels.exchange import count_rows, place_rows, spread_rows
+from flashfusemoe_ds.kernels.gather_sum import gather_sum
 from flashfusemoe_ds.types import Dispatched
 
 
@@ -26,13 +39,10 @@ class Exchange:
     """One dispatch's routes.
 
     Attributes:
-        token_S, dest_S: int64 [S], token and destination rank of each sent row, ordered by rank, then token.
-        slot_TJ: int64 [T, J], where a token's rows lie among the S sent ones, J = min(K, P) at most; S where unused.
+        slot_TJ: int32 [T, J], where a token's rows lie among the sent ones, J = min(K, P); past their end if unused.
         send_counts, recv_counts: rows per rank, on the host.
     """
 
-    token_S: Tensor
-    dest_S: Tensor
     slot_TJ: Tensor
     send_counts: list[int]
     recv_counts: list[int]
@@ -46,9 +56,13 @@ class NcclDispatcher:
         num_experts: E, divisible by the group's size.
         comm: module that provides all_to_all_single and get_world_size: torch.distributed, or deepspeed.comm, whose
             communication logger then sees the traffic.
+
+    Attributes:
+        layer: name of the layer that owns it, for messages; whoever knows it may set it.
     """
 
     name = "nccl"
+    layer: str | None = None
 
     def __init__(
         self, group: torch.distributed.ProcessGroup, num_experts: int, comm: ModuleType = torch.distributed
@@ -58,100 +72,135 @@ class NcclDispatcher:
         if num_experts % self.ep_size:
             raise ValueError(f"ep_size is {self.ep_size}; it must divide num_experts ({num_experts})")
         self.num_local_experts = num_experts // self.ep_size
+        self._counts_stream: torch.cuda.Stream | None = None
 
     def start_dispatch(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Pending[Dispatched]:
-        return Pending(lambda: self._dispatch(x_TD, idx_TK, weight_TK))
+        owners = self.num_local_experts, self.ep_size
+        counts_2P2, blocks_BP = count_rows(idx_TK, *owners)
+        counting = self._start_counts(counts_2P2)
+        slot_TJ, words = place_rows(idx_TK, weight_TK, *owners, blocks_BP)
+        rows = spread_rows(x_TD, slot_TJ, num_rows=slot_TJ.numel())
 
-    def _dispatch(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Dispatched:
-        rank_TK = torch.where(idx_TK >= 0, idx_TK // self.num_local_experts, -1)
-        ranks_P = torch.arange(self.ep_size, device=idx_TK.device)
-        routes_TP = (rank_TK.unsqueeze(2) == ranks_P).sum(1)
-        exchange, num_routes = self._exchange_counts(routes_TP, max_rows=idx_TK.shape[1])
+        def send() -> Dispatched:
+            sent, received = counting.wait()
+            exchange = Exchange(slot_TJ, [rows for rows, _ in sent], [rows for rows, _ in received])
+            num_sent = sum(exchange.send_counts)
+            meta = self._start_out("dispatch of ids and weights", words[:num_sent], exchange)
+            travelling = self._start_out("dispatch of rows", rows[:num_sent], exchange)
+            idx_RK, weight_RK = _take_apart(meta.wait(), idx_TK.shape[1], weight_TK.dtype)
+            num_routes = sum(routes for _, routes in received)
+            return Dispatched(travelling.wait(), idx_RK, weight_RK, num_routes, exchange)
 
-        top_k = idx_TK.shape[1]
-        # Each sent row carries its token's ids, made local to the destination; other ranks' routes become -1.
-        idx_SK, dest_S1 = idx_TK[exchange.token_S], exchange.dest_S.unsqueeze(1)
-        mine_SK = rank_TK[exchange.token_S] == dest_S1
-        idx_SK = torch.where(mine_SK, idx_SK - dest_S1 * self.num_local_experts, -1)
-        # Weights first: a view as a wider type needs an aligned start.
-        words_SW = torch.cat([weight_TK[exchange.token_S].view(torch.int32), idx_SK.to(torch.int32)], dim=1)
-        words_RW = self._start_all_to_all(words_SW, exchange.recv_counts, exchange.send_counts).wait()
-
-        return Dispatched(
-            x_RD=self.start_redispatch(x_TD, exchange).wait(),
-            idx_RK=words_RW[:, -top_k:].long(),
-            weight_RK=words_RW[:, :-top_k].flatten().view(weight_TK.dtype).view(-1, top_k),
-            num_routes=num_routes,
-            handle=exchange,
-        )
+        return Pending(send)
 
     def start_redispatch(self, x_TD: Tensor, handle: Exchange) -> Pending[Tensor]:
-        return self._start_all_to_all(x_TD[handle.token_S], handle.recv_counts, handle.send_counts)
+        rows = spread_rows(x_TD, handle.slot_TJ, sum(handle.send_counts))
+        return self._start_out("replayed dispatch of rows", rows, handle)
 
     def start_combine(self, y_RD: Tensor, handle: Exchange, weight_RK: Tensor | None = None) -> Combined:
         # Weights first: they are small, and the router's backward waits for them alone.
-        weights = None if weight_RK is None else self._start_sum_home(weight_RK, handle)
-        return Combined(self._start_sum_home(y_RD, handle), weights)
+        weights = None if weight_RK is None else self._start_sum_home("combine of weights", weight_RK, handle)
+        return Combined(self._start_sum_home("combine of rows", y_RD, handle), weights)
 
-    def _start_sum_home(self, rows_RW: Tensor, handle: Exchange) -> Pending[Tensor]:
+    def _start_out(self, operation: str, rows: Tensor, exchange: Exchange) -> Pending[Tensor]:
+        """Sends rows to the ranks they are for."""
+        return self._start_all_to_all(operation, rows, exchange.recv_counts, exchange.send_counts)
+
+    def _start_sum_home(self, operation: str, rows_RW: Tensor, exchange: Exchange) -> Pending[Tensor]:
         """Returns rows to the ranks they came from and adds each token's, in rank order, in float32 or better."""
-        travelling = self._start_all_to_all(rows_RW, handle.send_counts, handle.recv_counts)
+        travelling = self._start_all_to_all(operation, rows_RW, exchange.send_counts, exchange.recv_counts)
+        return Pending(lambda: gather_sum(travelling.wait(), exchange.slot_TJ))
 
-        def add_up() -> Tensor:
-            rows_SW = travelling.wait()
-            acc = torch.promote_types(rows_SW.dtype, torch.float32)
-            padded = torch.cat([rows_SW, rows_SW.new_zeros(1, rows_SW.shape[1])])
-            total = torch.zeros(handle.slot_TJ.shape[0], rows_SW.shape[1], dtype=acc, device=rows_SW.device)
-            for slot_T in handle.slot_TJ.unbind(1):
-                total += padded.index_select(0, slot_T)
-            return total.to(rows_SW.dtype)
+    def _start_counts(self, counts_2P2: Tensor) -> Pending[list[list[list[int]]]]:
+        """Sends the first half, receives the second; both as lists on the host."""
+        operation = "exchange of counts"
+        try:
+            work = self.comm.all_to_all_single(counts_2P2[1], counts_2P2[0], group=self.group, async_op=True)
+            on_host, arrived = counts_2P2, None
+            if counts_2P2.is_cuda:
+                on_host, arrived = self._start_to_host(work, counts_2P2)
+        except RuntimeError as error:
+            self._fail(operation, error)
 
-        return Pending(add_up)
+        def read() -> list[list[list[int]]]:
+            try:
+                if arrived is None:
+                    work.wait()
+                else:
+                    _wait_on_host(arrived, self._patience(counts_2P2.device))
+            except RuntimeError as error:
+                self._fail(operation, error)
+            return on_host.tolist()
 
-    def _exchange_counts(self, routes_TP: Tensor, max_rows: int) -> tuple[Exchange, int]:
-        """Agrees on row counts with every rank. Returns the exchange and the number of routes this rank will compute.
+        return Pending(read)
 
-        Args:
-            routes_TP: [T, P], how many of a token's routes each rank owns.
-            max_rows: a token goes to at most this many ranks (K).
-        """
-        num_tokens, device = routes_TP.shape[0], routes_TP.device
-        hit_PT = (routes_TP > 0).t().contiguous()
-        send_P2 = torch.stack([hit_PT.sum(1), routes_TP.sum(0)], dim=1)
-        recv_P2 = torch.empty_like(send_P2)
-        self.comm.all_to_all_single(recv_P2, send_P2, group=self.group)
-        # The one host synchronisation.
-        counts = torch.stack([send_P2, recv_P2]).tolist()
-        send_counts = [rows for rows, _ in counts[0]]
-        recv_counts = [rows for rows, _ in counts[1]]
-
-        num_sent = sum(send_counts)
-        slot_PT = torch.where(hit_PT, hit_PT.reshape(-1).cumsum(0).view_as(hit_PT) - 1, num_sent)
-        # Every miss writes to the scratch entry at the end, which is cut off.
-        sent_S = torch.empty(num_sent + 1, dtype=torch.int64, device=device)
-        sent_S = sent_S.scatter_(0, slot_PT.reshape(-1), torch.arange(slot_PT.numel(), device=device))[:-1]
-        slot_TJ = slot_PT.t()
-        if max_rows < self.ep_size:
-            # Used slots grow with the rank and unused ones are largest, so the first K columns hold all of them.
-            slot_TJ = slot_TJ.sort(dim=1)[0][:, :max_rows]
-        exchange = Exchange(
-            token_S=sent_S % max(num_tokens, 1),
-            dest_S=sent_S // max(num_tokens, 1),
-            slot_TJ=slot_TJ.contiguous(),
-            send_counts=send_counts,
-            recv_counts=recv_counts,
-        )
-        return exchange, sum(routes for _, routes in counts[1])
-
-    def _start_all_to_all(self, rows: Tensor, out_counts: list[int], in_counts: list[int]) -> Pending[Tensor]:
-        rows, out = rows.contiguous(), rows.new_empty(sum(out_counts), rows.shape[1])
-        work = self.comm.all_to_all_single(
-            out, rows, output_split_sizes=out_counts, input_split_sizes=in_counts, group=self.group, async_op=True
-        )
-
-        def arrived() -> Tensor:
+    def _start_to_host(self, work: torch.distributed.Work, counts_2P2: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """Copies the counts once they are there, on a stream of its own: on the current one, what is launched next
+        would wait for the slowest rank. `counts_2P2` must live until the event."""
+        if self._counts_stream is None:
+            # It has next to nothing to do, and everybody waits for it.
+            self._counts_stream = torch.cuda.Stream(counts_2P2.device, priority=-1)
+        with torch.cuda.stream(self._counts_stream):
             work.wait()
+            on_host = torch.empty(counts_2P2.shape, dtype=counts_2P2.dtype, pin_memory=True)
+            on_host.copy_(counts_2P2, non_blocking=True)
+            return on_host, self._counts_stream.record_event()
+
+    def _start_all_to_all(
+        self, operation: str, rows: Tensor, out_counts: list[int], in_counts: list[int]
+    ) -> Pending[Tensor]:
+        rows, out = rows.contiguous(), rows.new_empty(sum(out_counts), rows.shape[1])
+        try:
+            work = self.comm.all_to_all_single(
+                out, rows, output_split_sizes=out_counts, input_split_sizes=in_counts, group=self.group, async_op=True
+            )
+        except RuntimeError as error:
+            self._fail(operation, error)
+
+        def arrive() -> Tensor:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                self._fail(operation, error)
             assert rows is not None  # kept until here: the collective reads it
             return out
 
-        return Pending(arrived)
+        return Pending(arrive)
+
+    def _patience(self, device: torch.device) -> float | None:
+        """Seconds for which the host waits for the other ranks: a little less than the group's timeout, at which
+        torch's watchdog ends the process. None where torch does not say."""
+        try:
+            timeout = self.group._get_backend(device).options._timeout.total_seconds()
+        except (AttributeError, RuntimeError):
+            return None
+        return max(0.9 * timeout, timeout - 5)
+
+    def _fail(self, operation: str, error: RuntimeError) -> NoReturn:
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_process_group_ranks(self.group)
+        of_layer = "" if self.layer is None else f" of layer {self.layer}"
+        raise RuntimeError(
+            f"ep_backend nccl: {operation}{of_layer} failed on rank {rank} of the expert-parallel group of ranks "
+            f"{ranks}: another of them has died, is late, or has not called the layers in the same order ({error})"
+        ) from error
+
+
+def _take_apart(words: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Lines of `place_rows` -> ids int64 [R, K] and weights [R, K]."""
+    # A view as a wider type needs words without gaps.
+    weight_RK = words[:, :-top_k].flatten().view(dtype).view(-1, top_k)
+    return words[:, -top_k:].long(), weight_RK
+
+
+def _wait_on_host(event: torch.cuda.Event, patience: float | None) -> None:
+    """RuntimeError if it has not happened after so many seconds."""
+    if patience is None:
+        event.synchronize()
+        return
+    start = time.monotonic()
+    while not event.query():
+        waited = time.monotonic() - start
+        if waited > patience:
+            raise RuntimeError(f"no answer in {waited:.1f} s")
+        if waited > 1e-3:  # the others are late: let this process's other threads run
+            time.sleep(1e-4)

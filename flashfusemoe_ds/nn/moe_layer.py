@@ -145,10 +145,12 @@ class MoELayer(nn.Module):
         if self.ep_group is not None:
             raise ValueError("shard_experts was already called on this layer")
         config = FlashFuseMoEConfig.from_section({"ep_backend": ep_backend, **settings})
-        check_ep_backend(ep_backend)
+        check_ep_backend(ep_backend, ep_group)
         ep_size, rank = dist.get_world_size(ep_group), dist.get_rank(ep_group)
         if self.num_experts % ep_size:
             raise ValueError(f"ep_group has {ep_size} ranks; its size must divide num_experts ({self.num_experts})")
+        geometry = Geometry(self.num_experts, self.experts.d_model, self.top_k, self.experts.down_proj.dtype)
+        self.dispatcher, self.overlap = make_dispatcher(config, ep_group, geometry), config.overlap
         local = self.num_experts // ep_size
         for name, param in list(self.experts.named_parameters()):
             kept = nn.Parameter(param.detach()[rank * local : (rank + 1) * local].clone(), param.requires_grad)
@@ -156,9 +158,6 @@ class MoELayer(nn.Module):
             setattr(self.experts, name, kept)
         self.experts.num_local_experts = local
         self.ep_group = ep_group
-        width, dtype = self.experts.d_model, self.experts.down_proj.dtype
-        geometry = Geometry(self.num_experts, width, self.top_k, dtype)
-        self.dispatcher, self.overlap = make_dispatcher(config, ep_group, geometry), config.overlap
         return self
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -10,6 +10,8 @@
 
 Fused experts are one autograd node with their exchange: only there is dX sent before dW is computed. Experts that are
 modules of their own take the transport's two nodes around them, one thing after another.
+
+Each stage is a named range (dispatch/ranges.py): a profiler shows what runs beside what.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from torch.autograd.function import once_differentiable
 
 from flashfusemoe_ds.config import OverlapConfig
 from flashfusemoe_ds.dispatch.base import Combined, Dispatcher, Pending, combine, dispatch
-from flashfusemoe_ds.kernels.experts import experts_backward, experts_forward, graph_is_kept
+from flashfusemoe_ds.dispatch.ranges import Range
+from flashfusemoe_ds.kernels.experts import (
+    experts_backward,
+    experts_forward,
+    gate_last,
+    graph_is_kept,
+    join,
+    needs_with_gate,
+)
 from flashfusemoe_ds.kernels.order import ExpertOrder
 from flashfusemoe_ds.nn.experts import GroupedExperts
 from flashfusemoe_ds.types import Dispatched, Routing
@@ -54,7 +64,10 @@ class _Late(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dx_TD):
         arriving, ctx.late.arriving = ctx.late.arriving, None
-        return (dx_TD if arriving is None else arriving.wait()), None
+        if arriving is None:
+            return dx_TD, None
+        with Range("backward.combine.wait_rows"):
+            return arriving.wait(), None
 
 
 class SideStream:
@@ -72,13 +85,14 @@ class SideStream:
     def start(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Pending[Tensor]:
         """fn(x), launched now. Autograd runs its backward on this stream too."""
         if not x.is_cuda:
-            y = fn(x)
+            with Range("beside"):
+                y = fn(x)
             return Pending(lambda: y)
         if self._stream is None or self._stream.device != x.device:
             self._stream = torch.cuda.Stream(x.device)
         side, main = self._stream, torch.cuda.current_stream(x.device)
         side.wait_stream(main)
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), Range("beside"):
             y = fn(x)
 
         def join() -> Tensor:
@@ -97,50 +111,65 @@ class _ParallelExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD, weight_TK, w_up, w_down, b_up, b_down, travelling, dispatcher, activation, products,
-                recompute, overlap_input_grad, late):  # fmt: skip
-        sent = travelling.wait()
-        y_RD, h_NH, order = experts_forward(
-            sent.x_RD, sent.weight_RK, w_up, w_down, b_up, b_down, sent.idx_RK, sent.num_routes, activation, products
-        )
+    def forward(ctx, x_TD, weight_TK, w_up, w_down, b_up, b_down, w_gate, travelling, dispatcher, activation, products,
+                recompute, overlap, late):  # fmt: skip
+        with Range("dispatch.wait"):
+            sent = travelling.wait()
+        with Range("experts"):
+            y_RD, h_NH, order = experts_forward(
+                sent.x_RD, sent.weight_RK, join(w_gate, w_up), w_down, b_up, b_down, sent.idx_RK, sent.num_routes,
+                activation, products,
+            )  # fmt: skip
         kept_h = None if recompute else h_NH
-        ctx.save_for_backward(sent.x_RD, kept_h, sent.weight_RK, w_up, w_down, b_up, b_down, *order.tensors())
+        ctx.save_for_backward(sent.x_RD, kept_h, sent.weight_RK, w_up, w_down, b_up, b_down, w_gate, *order.tensors())
         ctx.handle, ctx.dispatcher, ctx.activation, ctx.products = sent.handle, dispatcher, activation, products
-        ctx.overlap_input_grad, ctx.late = overlap_input_grad, late
-        return dispatcher.start_combine(y_RD.contiguous(), sent.handle).rows.wait()
+        ctx.overlap, ctx.late = overlap, late
+        with Range("combine"):
+            return dispatcher.start_combine(y_RD.contiguous(), sent.handle).rows.wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD):
         dispatcher, handle = ctx.dispatcher, ctx.handle
-        saved = ctx.saved_tensors  # once: activation checkpointing hands it out once
-        dout_RD = dispatcher.start_redispatch(dy_TD.contiguous(), handle).wait()
+        # Unpacked once: activation checkpointing hands it out once.
+        x_RD, kept_h, weight_RK, w_up, w_down, b_up, b_down, w_gate, *order = ctx.saved_tensors
+        with Range("backward.redispatch"):
+            dout_RD = dispatcher.start_redispatch(dy_TD.contiguous(), handle).wait()
         # Every rank sends both gradients home, whoever needs them: their number of exchanges must agree.
-        needs = (True, True, *ctx.needs_input_grad[2:6])
+        needs = (True, True, *needs_with_gate(ctx.needs_input_grad)[2:])
         home: list[Combined] = []
 
         def send(dx_RD: Tensor, dweight_RK: Tensor) -> None:
-            home.append(dispatcher.start_combine(dx_RD.contiguous(), handle, dweight_RK))
+            with Range("backward.combine"):
+                home.append(dispatcher.start_combine(dx_RD.contiguous(), handle, dweight_RK))
 
-        dx_RD, dweight_RK, *dweights = experts_backward(
-            dout_RD, *saved[:7], ExpertOrder(*saved[7:]), ctx.activation, ctx.products, needs,
-            overwrite_h=not graph_is_kept(), send_input_grads=send if ctx.overlap_input_grad else None,
-        )  # fmt: skip
+        with Range("backward.experts"):
+            dx_RD, dweight_RK, *dparameters = gate_last(
+                experts_backward(
+                    dout_RD, x_RD, kept_h, weight_RK, join(w_gate, w_up), w_down, b_up, b_down, ExpertOrder(*order),
+                    ctx.activation, ctx.products, needs, consume_h=not graph_is_kept(),
+                    send_input_grads=send if ctx.overlap.input_grad else None,
+                    spared_sms=ctx.overlap.num_sms if ctx.overlap.input_grad else 0,
+                )
+            )  # fmt: skip
         if not home:
             send(dx_RD, dweight_RK)
         ((rows, weights),) = home
-        dweight_TK = weights.wait()
+        with Range("backward.combine.wait_weights"):
+            dweight_TK = weights.wait()
         if ctx.late is None or not ctx.needs_input_grad[0]:
-            dx_TD = rows.wait()
+            with Range("backward.combine.wait_rows"):
+                dx_TD = rows.wait()
         else:
             ctx.late.arriving = rows
-            dx_TD = dy_TD.new_empty(1).expand(dy_TD.shape)  # its shape alone; `_Late` has the rest
-        return dx_TD, dweight_TK, *dweights, *(None,) * 7
+            # Its shape alone; `_Late` has the rest. Zeros, because anomaly detection looks for NaN in it.
+            dx_TD = dy_TD.new_zeros(1).expand(dy_TD.shape)
+        return dx_TD, dweight_TK, *dparameters, *(None,) * 7
 
 
 def start_dispatch(dispatcher: Dispatcher, rows_TD: Tensor, routing: Routing) -> Pending[Dispatched]:
     """Starts to send the rows, outside autograd."""
-    with torch.no_grad():
+    with torch.no_grad(), Range("dispatch"):
         return dispatcher.start_dispatch(rows_TD.detach().contiguous(), routing.idx_TK, routing.weight_TK.detach())
 
 
@@ -159,10 +188,11 @@ def parallel_experts(
         travelling: what `start_dispatch` returned for these rows and this routing.
         late: whose `mark` the rows have passed; None to wait for their gradient in the experts' node.
     """
-    parameters, products = experts.operands(rows_TD)
+    (w_up, w_down, b_up, b_down), products = experts.operands(rows_TD)
+    w_gate, w_up = w_up if isinstance(w_up, tuple) else (None, w_up)
     return _ParallelExperts.apply(
-        rows_TD, routing.weight_TK, *parameters, travelling, dispatcher, experts.activation, products,
-        experts.recompute_activations, overlap.input_grad, late,
+        rows_TD, routing.weight_TK, w_up, w_down, b_up, b_down, w_gate, travelling, dispatcher, experts.activation,
+        products, experts.recompute_activations, overlap, late,
     )  # fmt: skip
 
 

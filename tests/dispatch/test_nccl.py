@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import os
+import re
+import time
 from collections import Counter
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 from flashfusemoe_ds import FlashFuseMoEConfig
+from flashfusemoe_ds.dispatch import nccl
 from flashfusemoe_ds.dispatch.base import Geometry, combine, dispatch
 from flashfusemoe_ds.dispatch.nccl import NcclDispatcher
 from flashfusemoe_ds.dispatch.select import make_dispatcher
@@ -125,6 +131,203 @@ def test_equals_the_dense_layer_over_nccl() -> None:
         assert {name: e for name, e in errors.items() if not e < 1e-12} == {}
 
 
+def every_case_by_kernels(rank: int, world: int) -> dict[str, float]:
+    """The same exchange around the CUDA path's kernels, run by Triton's interpreter."""
+    from flashfusemoe_ds.kernels import triton_exchange, triton_gather_sum
+
+    for name in ("count_rows", "place_rows", "spread_rows"):
+        setattr(nccl, name, getattr(triton_exchange, name))
+    nccl.gather_sum = lambda rows, slots: triton_gather_sum.gather_sum(rows, slots)[0]
+    return {case: one_case(rank, world, case, 3, 8, torch.device("cpu")) for case in CASES}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests over NCCL launch them")
+def test_the_kernels_move_rows_as_their_twins_do() -> None:
+    for errors in run_ranks(2, every_case_by_kernels):
+        assert {name: e for name, e in errors.items() if not e < 1e-12} == {}
+
+
+def equal_bits(rank: int, world: int) -> list[str]:
+    """NCCL and kernels against gloo and twins, bit for bit, in bf16; and twice over NCCL."""
+    num_experts, top_k, device = 16, 4, torch.device("cuda", rank)
+    g = torch.Generator().manual_seed(rank)
+    x = torch.randn(300 + 50 * rank, 256, generator=g).bfloat16()
+    idx = torch.rand(len(x), num_experts, generator=g).topk(top_k, dim=1)[1]
+    weight = torch.rand(len(x), top_k, generator=g)
+    groups = [dist.new_group(backend="gloo"), dist.group.WORLD, dist.group.WORLD]
+    results = []
+    for group, where in zip(groups, (torch.device("cpu"), device, device), strict=True):
+        dispatcher = NcclDispatcher(group, num_experts)
+        x_TD, idx_TK, weight_TK = (t.to(where) for t in (x, idx, weight))
+        torch.cuda.set_sync_debug_mode("error")  # an event is waited for, and nothing else
+        sent = dispatcher.start_dispatch(x_TD, idx_TK, weight_TK).wait()
+        again = dispatcher.start_redispatch(x_TD, sent.handle).wait()
+        y_RD = sent.x_RD.roll(rank, dims=1)  # not the same from every rank
+        home = dispatcher.start_combine(y_RD, sent.handle, sent.weight_RK)
+        torch.cuda.set_sync_debug_mode("default")
+        tensors = (sent.x_RD, sent.idx_RK, sent.weight_RK, again, home.weights.wait(), home.rows.wait())
+        results.append([t.cpu() for t in tensors])
+    names = ("x", "idx", "weight", "redispatch", "weights home", "rows home")
+    return [
+        name for name, *same in zip(names, *results, strict=True) if not all(torch.equal(same[0], t) for t in same[1:])
+    ]
+
+
+@pytest.mark.gpu
+def test_nccl_and_gloo_give_equal_bits_without_a_hidden_synchronisation() -> None:
+    world = min(torch.cuda.device_count(), 4)
+    if world < 2:
+        pytest.skip("needs two GPUs")
+    assert run_ranks(world, equal_bits, accelerator="cuda") == [[]] * world
+
+
+class Syncs(TorchFunctionMode):
+    """Notes what would make the host wait for a GPU."""
+
+    NAMES = frozenset({"tolist", "item", "__bool__", "__int__", "__index__", "__float__", "nonzero", "masked_select",
+                       "unique", "equal", "cpu", "numpy"})  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        masks = name in ("__getitem__", "__setitem__") and getattr(args[1], "dtype", None) is torch.bool
+        if name in self.NAMES or masks:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Order:
+    """torch.distributed that notes when collectives are started and waited for."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def get_world_size(self, group: Any) -> int:
+        return dist.get_world_size(group)
+
+    def all_to_all_single(self, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert kwargs["async_op"]
+        kinds = {torch.int64: "counts", torch.int32: "ids", torch.bfloat16: "rows", torch.float32: "weights"}
+        kind = kinds[output.dtype]
+        work = dist.all_to_all_single(output, *args, **kwargs)
+        self.log.append(f">{kind}")
+        return SimpleNamespace(wait=lambda: (self.log.append(f"<{kind}"), work.wait()))
+
+
+def order_of_collectives(rank: int, world: int) -> tuple[list[str], list[list[str]]]:
+    comm = Order()
+    dispatcher = NcclDispatcher(dist.group.WORLD, 4, comm)
+    idx, weight, x = torch.tensor([[0, 3], [2, 1], [2, 3]]), torch.rand(3, 2), torch.rand(3, 8).bfloat16()
+    with Syncs() as before:
+        travelling = dispatcher.start_dispatch(x, idx, weight)
+        comm.log.append("beside")
+    with Syncs() as waiting:
+        sent = travelling.wait()
+    with Syncs() as after:
+        pending = dispatcher.start_redispatch(x, sent.handle)
+        comm.log.append("beside")
+        pending.wait()
+        home = dispatcher.start_combine(sent.x_RD, sent.handle, sent.weight_RK)
+        comm.log.append("beside")
+        home.weights.wait()
+        home.rows.wait()
+    return comm.log, [before.seen, waiting.seen, after.seen]
+
+
+def test_the_host_waits_for_counts_alone_and_what_is_small_goes_first() -> None:
+    dispatched = [">counts", "beside", "<counts", ">ids", ">rows", "<ids", "<rows"]
+    replayed = [">rows", "beside", "<rows"]
+    combined = [">weights", ">rows", "beside", "<weights", "<rows"]
+    assert run_ranks(2, order_of_collectives) == [([*dispatched, *replayed, *combined], [[], ["tolist"], []])] * 2
+
+
+def alone(rank: int, world: int, operation: str, dies: bool, seconds: float) -> tuple[str, float, float] | None:
+    """Rank 1 leaves before the named operation. Returns what rank 0 was told, when, and how long teardown took."""
+    group = dist.new_group(list(range(world)), timeout=timedelta(seconds=seconds), backend="gloo")
+    dispatcher = NcclDispatcher(group, 4)
+    dispatcher.layer = "model.layers.3.mlp"
+    idx, weight, x = torch.tensor([[0, 3], [2, 1], [2, 3]]), torch.rand(3, 2), torch.rand(3, 8)
+
+    def leave_here(name: str) -> bool:
+        if name != operation:
+            return False
+        dist.barrier()
+        if rank == 1 and dies:
+            os._exit(7)
+        return rank == 1
+
+    start = time.monotonic()
+    try:
+        if leave_here("exchange of counts"):
+            return None
+        travelling = dispatcher.start_dispatch(x, idx, weight)
+        if operation == "dispatch of ids and weights":
+            time.sleep(0.3)  # the counts arrive
+        if leave_here("dispatch of ids and weights"):
+            return None
+        sent = travelling.wait()
+        if leave_here("replayed dispatch of rows"):
+            return None
+        dispatcher.start_redispatch(x, sent.handle).wait()
+        if leave_here("combine of weights"):
+            return None
+        dispatcher.start_combine(sent.x_RD, sent.handle, sent.weight_RK).weights.wait()
+        return "nothing", 0.0, 0.0
+    except RuntimeError as error:
+        if dies:
+            raise
+        failed = time.monotonic()
+        dist.destroy_process_group(group)
+        return str(error), failed - start, time.monotonic() - failed
+    finally:
+        if not dies:
+            dist.barrier()  # rank 1 lives until rank 0 is through
+
+
+OPERATIONS = (
+    "exchange of counts", "dispatch of ids and weights", "replayed dispatch of rows", "combine of weights",
+)  # fmt: skip
+WHO = r"failed on rank 0 of the expert-parallel group of ranks \[0, 1\]: another of them has died, is late, "
+
+
+def each_operation_alone(rank: int, world: int) -> list[tuple[str, float, float] | None]:
+    return [alone(rank, world, operation, False, 1.5) for operation in OPERATIONS]
+
+
+def test_a_late_rank_is_named_within_the_timeout_and_teardown_does_not_hang() -> None:
+    told, _ = run_ranks(2, each_operation_alone)
+    for operation, (message, seconds, teardown) in zip(OPERATIONS, told, strict=True):
+        assert re.match(f"ep_backend nccl: {operation} of layer model.layers.3.mlp {WHO}", message), message
+        assert 1.4 < seconds < 15 and teardown < 5  # gloo keeps time; the machine may be busy
+
+
+@pytest.mark.parametrize("operation", ["exchange of counts", "combine of weights"])
+def test_a_dead_rank_is_named_at_once(operation: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=f"ep_backend nccl: {operation} of layer model.layers.3.mlp {WHO}"):
+        run_ranks(2, alone, operation, True, 100.0)
+    assert time.monotonic() - start < 60  # not the timeout
+
+
+def patience(rank: int, world: int) -> list[float | None]:
+    groups = [dist.new_group(timeout=timedelta(seconds=s), backend="gloo") for s in (10, 600)]
+    dist.barrier()  # a rank that leaves at once closes sockets that another is still connecting
+    return [NcclDispatcher(group, 4)._patience(torch.device("cpu")) for group in groups]
+
+
+def test_the_host_gives_up_before_the_watchdog_ends_the_process() -> None:
+    assert run_ranks(2, patience) == [[9.0, 595.0]] * 2
+    late = SimpleNamespace(query=lambda: False, synchronize=None)
+    with pytest.raises(RuntimeError, match=r"no answer in 0\.\d s"):
+        nccl._wait_on_host(late, 0.05)
+    answers = [False, False, True]
+    nccl._wait_on_host(SimpleNamespace(query=lambda: answers.pop(0)), 60.0)
+    assert not answers
+
+
 def rows_received(rank: int, world: int) -> tuple[int, list[list[int]], list[list[float]]]:
     """Rank 0 sends three tokens: experts {0, 1} on rank 0, {2, 3} on rank 1, {0, 3} on both."""
     idx = torch.tensor([[0, 1], [2, 3], [0, 3]]) if rank == 0 else torch.zeros(0, 2, dtype=torch.long)
@@ -195,7 +398,7 @@ def sharded_layer(rank: int, world: int) -> tuple[float, list[str]]:
         try:
             attempt()
             said.append("nothing")
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, ImportError) as error:
             said.append(str(error))
     return max(errors), said
 
