@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "flashfusemoe_ds" / "__init__.py").read_text()).group(1)
 
 PLOT = ["matplotlib>=3.7", "tqdm>=4.60"]
+# Where AutoEP of deepspeed 0.19.8 trains what Transformers trains: docs/autoep.md.
+HF = ["transformers>=5.6,<5.23"]
 TEST = ["pytest>=7", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6"]
 
 setup(
@@ -25,5 +27,5 @@ setup(
     python_requires=">=3.10",
     # pydantic comes with deepspeed, whose own config models are built on it.
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'", "deepspeed>=0.19.8"],
-    extras_require={"hf": ["transformers>=5.0"], "examples": PLOT, "dev": PLOT + TEST},
+    extras_require={"hf": HF, "examples": PLOT, "dev": HF + PLOT + TEST},
 )

@@ -17,10 +17,15 @@ from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 from torch import nn
 
 from flashfusemoe_ds.config import SECTION, FlashFuseMoEConfig
-from flashfusemoe_ds.dispatch.select import check_ep_backend, resolve_hybrid
+from flashfusemoe_ds.dispatch.select import check_ep_backend, close_dispatcher
+from flashfusemoe_ds.ds.autoep import autoep_enabled, check_autoep, fuse_autoep
 from flashfusemoe_ds.ds.checkpoint import guard_checkpoints
+from flashfusemoe_ds.ds.engine_overlap import overlap_gradients
+from flashfusemoe_ds.ds.grad_norm import use_exact_grad_norm
 from flashfusemoe_ds.ds.moe import MoE
 from flashfusemoe_ds.ds.replace import as_lists, is_replaceable, remap_groups, remap_optimizer, replace_moe
+from flashfusemoe_ds.ds.stage0_overlap import BUCKET_NUMEL
+from flashfusemoe_ds.ds.tensor_parallel import tensor_parallel_size
 from flashfusemoe_ds.kernels.select import check_gemm_backend
 from flashfusemoe_ds.nn.moe_layer import MoELayer
 
@@ -44,7 +49,8 @@ def initialize(
 
     Arguments and the returned (engine, optimizer, dataloader, lr_scheduler) are deepspeed.initialize's. Before it
     runs, the section is checked, stock MoE layers become fused ones (`replace_moe`) with `model_parameters` or a
-    client optimizer carried over, and, at ZeRO stages 1 and 2, overlap_comm is set where the config leaves it out.
+    client optimizer carried over, and, at ZeRO stages 1 and 2, overlap_comm and a reduce_bucket_size that leaves
+    something to overlap are set where the config leaves them out.
 
     Raises:
         ValueError, ImportError: the section is wrong or cannot be met on this machine; before any collective.
@@ -55,6 +61,7 @@ def initialize(
     ds_config = _resolve_config(from_args, config if config is not None else config_params)
     section = FlashFuseMoEConfig.from_ds_config(ds_config)
     check_section(section)
+    check_autoep(model, ds_config, section)
 
     model_parameters = None if model_parameters is None else as_lists(model_parameters)
     if section.replace_moe:
@@ -64,12 +71,12 @@ def initialize(
         remap_optimizer(optimizer)
     _refuse_sharded_layers(model)
     layers = [m for m in model.modules() if isinstance(m, MoE)]
-    if not layers:
+    if not layers and not autoep_enabled(ds_config):
         logger.warning(f"{SECTION}: the model has no deepspeed.moe or flashfusemoe_ds MoE layer; nothing to do")
     world_size = _world_size(mpu)
     for layer in layers:
         if world_size is not None:
-            layer.check_world(world_size)
+            layer.check_world(world_size, tensor_parallel_size(mpu))
         layer.configure(section)
 
     port = {} if distributed_port is None else {"distributed_port": distributed_port}
@@ -111,6 +118,8 @@ def attach(engine: Any) -> Any:
     """
     section = FlashFuseMoEConfig.from_ds_config(engine.config)
     check_section(section)
+    check_autoep(engine.module, engine.config, section)
+    fuse_autoep(engine, section)
     stock = [n for n, m in engine.module.named_modules() if isinstance(m, StockMoE) and is_replaceable(m)]
     if stock and section.replace_moe and SECTION in engine.config:
         raise ValueError(
@@ -120,13 +129,30 @@ def attach(engine: Any) -> Any:
     layers = [m for m in engine.module.modules() if isinstance(m, MoE)]
     for layer in layers:
         layer.configure(section)
-    if layers and not getattr(engine, "_flashfusemoe_attached", False):
-        guard_checkpoints(engine)
+    ours = layers or engine.has_moe_layers or SECTION in engine.config
+    if ours and not getattr(engine, "_flashfusemoe_attached", False):
         engine._flashfusemoe_attached = True
-        # Asked of the optimizer: DeepSpeed may choose one that does not overlap whatever the config says.
-        overlapped = getattr(engine.optimizer, "overlap_comm", False)
-        log_dist(_summary(section, layers, overlapped), ranks=[0])
+        if layers:
+            guard_checkpoints(engine)
+        if section.exact_grad_norm:
+            use_exact_grad_norm(engine)
+        reduced = overlap_gradients(engine, section.overlap_dense_grads)
+        log_dist(_summary(section, layers, reduced), ranks=[0])
     return engine
+
+
+def close(model: Any) -> None:
+    """Frees the buffers of the transports that a model's layers hold, as DeepEP wants it before the process ends.
+
+    Collective: call it on every rank, when no step runs any more and before torch.distributed is shut down.
+
+    Args:
+        model: an engine, or any module.
+    """
+    for module in getattr(model, "module", model).modules():
+        dispatcher = getattr(module, "dispatcher", None)
+        if dispatcher is not None:
+            close_dispatcher(dispatcher)
 
 
 def check_section(section: FlashFuseMoEConfig) -> None:
@@ -164,23 +190,22 @@ def _world_size(mpu: Any) -> int | None:
 
 
 def _with_overlap(ds_config: dict[str, Any], section: FlashFuseMoEConfig) -> dict[str, Any]:
-    """overlap_comm on at ZeRO stages 1 and 2 unless the user decided; DeepSpeed's own default is off."""
+    """At ZeRO stages 1 and 2, unless the user decided: overlap_comm on, which DeepSpeed leaves off, and buckets of
+    fewer than its 5e8 elements, of which a backward seldom fills one before its end."""
     zero = ds_config.get("zero_optimization")
     # Where the user accumulates gradients alone, DeepSpeed asserts that stage 1 does not overlap.
     stages = (1, 2) if ds_config.get("managed_gradient_accumulation", True) else (2,)
     if section.overlap_dense_grads and isinstance(zero, dict) and zero.get("stage") in stages:
-        ds_config = {**ds_config, "zero_optimization": {"overlap_comm": True, **zero}}
+        ours = {"overlap_comm": True, "reduce_bucket_size": BUCKET_NUMEL}
+        ds_config = {**ds_config, "zero_optimization": {**ours, **zero}}
     return ds_config
 
 
-def _summary(section: FlashFuseMoEConfig, layers: list[MoE], overlapped: bool) -> str:
-    backend = section.ep_backend
-    if backend == "hybrid":
-        name, reason = resolve_hybrid()
-        backend = f"hybrid -> {name} ({reason})"
+def _summary(section: FlashFuseMoEConfig, layers: list[MoE], reduced: str) -> str:
     fused = sum(hasattr(layer.deepspeed_moe.experts, "layout") for layer in layers)
     sizes = sorted({layer.ep_size for layer in layers})
+    taken = sorted({layer.deepspeed_moe.dispatcher.name for layer in layers})
     return (
         f"{SECTION}: {len(layers)} MoE layers, {fused} with fused experts, ep_size {', '.join(map(str, sizes))}, "
-        f"ep_backend {backend}, dense gradients reduced {'during' if overlapped else 'after'} backward"
+        f"ep_backend {section.ep_backend} (taken: {', '.join(taken) or 'none'}); gradients are reduced {reduced}"
     )

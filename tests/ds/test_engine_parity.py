@@ -72,13 +72,14 @@ def _configs() -> list[Config]:
 
 
 def _start(cfg: Config, rank: int, weights: dict[str, Tensor]) -> Any:
-    ds_config = tiny.config(cfg.stage, cfg.optimizer, cfg.clip)
+    # Clipped by stock's norm, whose fault at float32 stage 0 tests/ds/test_grad_norm.py has: the comparison is exact.
+    ds_config = tiny.config(cfg.stage, cfg.optimizer, cfg.clip, flashfusemoe={"exact_grad_norm": False})
     if cfg.overlap is not None:
         ds_config["zero_optimization"]["overlap_comm"] = cfg.overlap
     if not cfg.ours:
         return tiny.start(deepspeed.initialize, tiny.build(StockMoE, cfg.ep_size, rank, weights), ds_config)
     if cfg.way == "json":  # stock layers in the model, replaced because the section says so
-        ds_config["flashfusemoe"] = {"replace_moe": True}
+        ds_config["flashfusemoe"]["replace_moe"] = True
         engine = tiny.start(flashfusemoe_ds.initialize, tiny.build(StockMoE, cfg.ep_size, rank, weights), ds_config)
     elif cfg.way == "attach":  # our layers, DeepSpeed's initialize
         engine = tiny.start(deepspeed.initialize, tiny.build(MoE, cfg.ep_size, rank, weights), ds_config)
