@@ -7,7 +7,8 @@ by isinstance and by attribute (deepspeed/runtime/engine.py, _configure_distribu
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -22,7 +23,6 @@ from deepspeed.moe.sharded_moe import MOELayer as StockMOELayer
 from deepspeed.moe.sharded_moe import TopKGate as StockTopKGate
 from deepspeed.profiling.flops_profiler import profiler as flops_profiler
 from deepspeed.utils import groups, logger
-from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 
 from flashfusemoe_ds.config import FlashFuseMoEConfig
@@ -30,12 +30,19 @@ from flashfusemoe_ds.dispatch.base import Dispatcher, Geometry, combine, dispatc
 from flashfusemoe_ds.dispatch.select import make_dispatcher
 from flashfusemoe_ds.ds.expert_layout import recognise
 from flashfusemoe_ds.ds.fused_experts import FusedExperts
+from flashfusemoe_ds.ds.tensor_parallel import (
+    ReplicatedTokens,
+    check_tokens,
+    ranks_per_stage,
+    replicated_tokens,
+    tensor_parallel_size,
+)
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden, check_positive
 from flashfusemoe_ds.nn.deepspeed_gating import NOISE_POLICIES, DeepSpeedGating, deepspeed_gating, jitter
 from flashfusemoe_ds.nn.experts import ModuleExperts
 from flashfusemoe_ds.nn.parallel_experts import LateGradient, through_experts
 from flashfusemoe_ds.nn.router import router_logits
-from flashfusemoe_ds.types import Routing
+from flashfusemoe_ds.types import Dispatched, Routing
 
 
 class FusedTopKGate(StockTopKGate):
@@ -70,21 +77,34 @@ class FusedMOELayer(StockMOELayer):
 
     dispatcher: Dispatcher
     config: FlashFuseMoEConfig
+    replicated: ReplicatedTokens | None  # under an mpu with tensor parallelism
+    unchecked: bool  # no forward has compared the ranks of that group yet
 
     @classmethod
-    def convert(cls, layer: StockMOELayer, tied: Collection[int], experts: nn.Module | None, copies: bool) -> None:
-        """Turns a stock layer into one of this class in place; see `MoE.convert`."""
+    def convert(
+        cls, layer: StockMOELayer, tied: Collection[int], experts: nn.Module | None, copies: bool, expert_tp: bool
+    ) -> None:
+        """Turns a stock layer into one of this class in place; see `MoE.convert`.
+
+        Args:
+            copies: whether the experts are copies of one module, so that looking at one will do.
+            expert_tp: whether the experts may be tensor-parallel.
+        """
         layer.__class__ = cls
         layer.gate.__class__ = FusedTopKGate
         layer.use_tutel = False
         layer.config = FlashFuseMoEConfig()
-        layer.experts = experts if experts is not None else layer._fuse(tied, copies)
+        layer.share_tokens(None)
+        layer.experts = experts if experts is not None else layer._fuse(tied, copies, expert_tp)
         layer._bind()
 
-    def _fuse(self, tied: Collection[int], copies: bool) -> FusedExperts | ModuleExperts:
+    def _fuse(self, tied: Collection[int], copies: bool, expert_tp: bool) -> FusedExperts | ModuleExperts:
         modules = list(self.experts.deepspeed_experts)
         if any(id(p) in tied for m in modules for p in m.parameters()):
             layout, reason = None, "their parameters are tied to others"
+        elif expert_tp:
+            # They may begin to talk to each other only once there are process groups: too late to be seen here.
+            layout, reason = None, "enable_expert_tensor_parallelism leaves exchanges between their ranks to them"
         else:
             layout, reason = recognise(modules[:1] if copies else modules, self.gate.wg.in_features)
         if layout is None:
@@ -104,6 +124,10 @@ class FusedMOELayer(StockMOELayer):
         # Unlike stock, a second deepspeed.initialize on the same module may set the group anew.
         self.ep_group = self.gate.ep_group = ep_group
         self._bind()
+
+    def share_tokens(self, replicated: ReplicatedTokens | None) -> None:
+        """Takes the tensor-parallel group whose ranks will call this layer with the same tokens."""
+        self.replicated, self.unchecked = replicated, replicated is not None
 
     def _bind(self) -> None:
         """Chooses the transport for the group at hand; the identity while there is none."""
@@ -126,6 +150,8 @@ class FusedMOELayer(StockMOELayer):
             raise ValueError(f"used_token has {used_token.numel()} entries; the input has {x_TD.shape[0]} tokens")
 
         rows_TD = self.experts.prepare(x_TD)
+        if self.replicated is not None:
+            rows_TD = _outside_graphs(self.replicated.own, rows_TD)
         parallel, overlap, late = self.dispatcher.ep_size > 1, self.config.overlap, None
         fused = isinstance(self.experts, FusedExperts)
         if parallel and fused and not torch.compiler.is_compiling() and overlap.input_grad and overlap.router_grad:
@@ -135,31 +161,46 @@ class FusedMOELayer(StockMOELayer):
         self._start(MOE_TIMER)
         routing, self.l_aux = self.gate(x_TD, used_token)
         self.exp_counts = routing.counts_E
-        if parallel and torch.compiler.is_compiling():
-            from flashfusemoe_ds.nn import compiled  # not at the top: it loads torch's compiler
-
-            y_TD = compiled.outside_graphs(self._through_experts, rows_TD, routing, late)
+        if self.replicated is not None:
+            y_TD = _outside_graphs(self._on_own_tokens, x_TD, rows_TD, routing, late)
+        elif parallel:
+            y_TD = _outside_graphs(self._through_experts, rows_TD, routing, late)
         else:
             y_TD = self._through_experts(rows_TD, routing, late)
         self._stop(MOE_TIMER, "time_moe")
         return y_TD.reshape(hidden_states.shape)
 
+    def _on_own_tokens(self, x_TD: Tensor, own: Tensor, routing: Routing, late: LateGradient | None) -> Tensor:
+        """This rank's share of the tokens through the experts, and the other ranks' outputs beside it."""
+        if self.unchecked:
+            check_tokens(self.replicated, x_TD, routing)
+        y = self._through_experts(own, self.replicated.own_routing(routing), late)
+        self.unchecked = False
+        return self.replicated.whole(y, x_TD.shape[0])
+
     def _through_experts(self, rows_TD: Tensor, routing: Routing, late: LateGradient | None) -> Tensor:
-        """Dispatch, experts, combine: one after another where they are timed or counted one by one."""
-        if not (self.wall_clock_breakdown or flops_profiler.module_flop_count):
+        """Dispatch, experts, combine: one after another where something is to be done between them."""
+        on_all = self.replicated is not None and self.replicated.experts_on_all
+        if not (on_all or self.wall_clock_breakdown or flops_profiler.module_flop_count):
             return through_experts(
                 rows_TD, routing, self.experts, self.dispatcher, self.config.overlap, late=late
             )[0]  # fmt: skip
         self._start(FIRST_ALLTOALL_TIMER)
         sent = dispatch(self.dispatcher, rows_TD, routing)
         self._stop(FIRST_ALLTOALL_TIMER, "time_falltoall")
-        y_RD = self.experts(sent)
-        if flops_profiler.module_flop_count:
-            self._count_flops(sent.num_routes)
+        if on_all:
+            y_RD = self.replicated.on_all_tokens(self._run_experts, sent, check=self.unchecked)
+        else:
+            y_RD = self._run_experts(sent)
         self._start(SECOND_ALLTOALL_TIMER)
         y_TD = combine(self.dispatcher, y_RD, sent.handle)
         self._stop(SECOND_ALLTOALL_TIMER, "time_salltoall")
         return y_TD
+
+    def _run_experts(self, sent: Dispatched) -> Tensor:
+        if flops_profiler.module_flop_count:
+            self._count_flops(sent.num_routes)
+        return self.experts(sent)
 
     def _start(self, timer: str) -> None:
         if self.wall_clock_breakdown:
@@ -175,6 +216,15 @@ class FusedMOELayer(StockMOELayer):
         flops = self.experts.flops(num_routes)
         flops_profiler.module_flop_count[-1].append(("fused_experts", flops))
         flops_profiler.module_mac_count[-1].append(("fused_experts", flops // 2))
+
+
+def _outside_graphs(fn: Callable[..., Any], *args: Any) -> Any:
+    """fn(*args), which exchanges something between ranks: never part of a graph that torch.compile makes."""
+    if torch.compiler.is_compiling():
+        from flashfusemoe_ds.nn import compiled  # not at the top: it loads torch's compiler
+
+        return compiled.outside_graphs(fn, *args)
+    return fn(*args)
 
 
 class MoE(StockMoE):
@@ -249,7 +299,8 @@ class MoE(StockMoE):
             top2_2nd_expert_sampling=top2_2nd_expert_sampling,
         )
         # Stock just made the experts as copies of the one given, so recognising one recognises all.
-        FusedMOELayer.convert(self.deepspeed_moe, tied=(), experts=None, copies=True)
+        expert_tp = enable_expert_tensor_parallelism
+        FusedMOELayer.convert(self.deepspeed_moe, tied=(), experts=None, copies=True, expert_tp=expert_tp)
 
     @classmethod
     def convert(cls, layer: StockMoE, *, tied: Collection[int] = (), experts: nn.Module | None = None) -> None:
@@ -260,35 +311,55 @@ class MoE(StockMoE):
             experts: an already converted container, where two layers share theirs.
         """
         layer.__class__ = cls
-        FusedMOELayer.convert(layer.deepspeed_moe, tied, experts, copies=False)
+        expert_tp = layer.enable_expert_tensor_parallelism
+        FusedMOELayer.convert(layer.deepspeed_moe, tied, experts, copies=False, expert_tp=expert_tp)
 
     def configure(self, config: FlashFuseMoEConfig) -> None:
         """Takes the "flashfusemoe" section's settings; ValueError or ImportError if they cannot be met here."""
         self.deepspeed_moe.configure(config)
 
-    def check_world(self, world_size: int) -> None:
-        """ValueError unless the experts can be spread over this many data-parallel ranks."""
+    def check_world(self, world_size: int, tensor_parallel: int = 1) -> None:
+        """ValueError unless the experts can be spread over the ranks of a pipeline stage.
+
+        Args:
+            world_size: ranks per pipeline stage.
+            tensor_parallel: the mpu's tensor-parallel size; counts where the experts are tensor-parallel too.
+        """
+        what = f"there are {world_size} ranks per pipeline stage"
+        if self.enable_expert_tensor_parallelism and tensor_parallel > 1:
+            what += f", in tensor-parallel groups of {tensor_parallel} under enable_expert_tensor_parallelism"
+            world_size //= tensor_parallel
         if world_size % self.ep_size:
             valid = [n for n in range(1, world_size + 1) if world_size % n == 0 and self.num_experts % n == 0]
             raise ValueError(
-                f"ep_size is {self.ep_size}, but there are {world_size} ranks per pipeline stage; ep_size must divide "
+                f"ep_size is {self.ep_size}, but {what}; ep_size must divide "
                 f"both them and num_experts ({self.num_experts}). Valid here: {', '.join(map(str, valid))}"
             )
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The engine's construction-time callback: joins the expert-parallel group of deepspeed.utils.groups."""
-        pipeline = 1 if groups.mpu is None else bwc_pipeline_parallel_world_size(groups.mpu)
-        tensor = 1 if groups.mpu is None else bwc_tensor_model_parallel_world_size(groups.mpu)
-        if tensor > 1:
-            raise ValueError(
-                f"the mpu's tensor-parallel size is {tensor}; this version of flashfusemoe_ds supports 1 "
-                "(duplicate tokens of tensor-parallel ranks are not removed yet)"
-            )
-        self.check_world(dist.get_world_size() // pipeline)
+        """The engine's construction-time callback: joins the expert-parallel group of deepspeed.utils.groups, and the
+        tensor-parallel one of the mpu.
+
+        Raises:
+            ValueError: ep_size does not divide the ranks, or the existing groups are of another layout.
+        """
+        self.check_world(ranks_per_stage(groups.mpu), tensor_parallel_size(groups.mpu))
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
+        self.deepspeed_moe.share_tokens(
+            replicated_tokens(groups.mpu, self.expert_group_name, self.enable_expert_tensor_parallelism)
+        )
         for name, param in self.deepspeed_moe.experts.named_parameters():
             # Again, because copy.deepcopy of a model loses attributes of parameters.
             param.allreduce, param.group_name = False, self.expert_group_name
             if name.endswith("_bias") and isinstance(self.deepspeed_moe.experts, FusedExperts):
                 # DeepSpeed's Muon tags every parameter with two or more dimensions; a stacked bias is still a bias.
                 param.use_muon = False
+
+    def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
+        missing = self.expert_group_name not in groups._get_expert_parallel_group_dict()
+        if missing and self.enable_expert_tensor_parallelism and tensor_parallel_size(groups.mpu) == 1:
+            # The same groups as stock's; but of the Ulysses mpu stock asks a data-parallel size that it has not.
+            groups._create_expert_and_data_parallel(
+                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+            )
+        super()._create_process_groups(use_data_before_expert_parallel_)
