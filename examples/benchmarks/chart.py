@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from report import x_floor
+from report import world_size, x_floor
 
 OURS, OTHERS, WRONG = "#e4572e", "#9aa5b1", "#d9c7a0"
 
@@ -49,7 +49,8 @@ def draw(results: list[dict[str, Any]], path: Path, subtitle: str = "") -> bool:
         ax.set_xlim(0, 1.12 * max(values))
         shape = result["shape"]
         sizes = ", ".join(f"{name}={shape[name]}" for name in "TDFEK")
-        ax.set_title(f"{shape['name']} ({sizes}), {result['routing']}, {result['dtype']}", fontsize=10)
+        parallel = f", EP={world_size(result)}" if world_size(result) > 1 else ""
+        ax.set_title(f"{shape['name']} ({sizes}){parallel}, {result['routing']}, {result['dtype']}", fontsize=10)
         ax.set_xlabel("forward + backward, times the dense cuBLAS floor (lower is better)", fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle("One MoE layer, router included" + (f"\n{subtitle}" if subtitle else ""), fontsize=12)

@@ -13,7 +13,7 @@ import torch
 
 PACKAGES = (
     "triton", "deepspeed", "liger-kernel", "scattermoe", "flashfusemoe", "sonic-moe", "quack-kernels",
-    "nvidia-cutlass-dsl", "transformers",
+    "nvidia-cutlass-dsl", "transformers", "deep-ep",
 )  # fmt: skip
 
 
@@ -44,6 +44,10 @@ def describe(device: torch.device) -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         # torch's own string names its CUDA build, its metadata may not.
-        "versions": {"torch": torch.__version__, **{name: v for name in PACKAGES if (v := _version(name))}},
+        "versions": {
+            "torch": torch.__version__,
+            **({"nccl": ".".join(map(str, torch.cuda.nccl.version()))} if cuda else {}),
+            **{name: v for name in PACKAGES if (v := _version(name))},
+        },
         "commit": _output("git", "rev-parse", "HEAD"),
     }

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from ranks import ALONE, Ranks
 from timed import Eager, Timed
 
 SAMPLE_MS = 20.0  # a sample repeats the work until it is about this long ...
@@ -22,14 +23,28 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def elapsed_ms(work: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Time per call of `repeats` calls in a row, from the first one's start to the last one's end on the device."""
+def elapsed_ms(
+    work: Callable[[], object],
+    repeats: int,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    warm_up_ms: float = WARM_UP_MS,
+) -> float:
+    """Time per call of `repeats` calls in a row, from the first one's start to the last one's end on the device.
+
+    Of several ranks the slowest one's; they begin together, and warm up by equally many calls.
+    """
     if device.type == "cuda":
-        until = time.perf_counter() + 1e-3 * WARM_UP_MS
-        while time.perf_counter() < until:
+        until = time.perf_counter() + 1e-3 * warm_up_ms
+        while ranks.any(time.perf_counter() < until):
             work()
             synchronize(device)
     synchronize(device)
+    ranks.meet()
+    return ranks.largest(_own_elapsed_ms(work, repeats, device))
+
+
+def _own_elapsed_ms(work: Callable[[], object], repeats: int, device: torch.device) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(repeats):
@@ -44,18 +59,20 @@ def elapsed_ms(work: Callable[[], object], repeats: int, device: torch.device) -
     return start.elapsed_time(end) / repeats
 
 
-def repeats_for(work: Callable[[], object], device: torch.device) -> int:
-    return max(1, min(MAX_REPEATS, round(SAMPLE_MS / max(1e-3, elapsed_ms(work, 2, device)))))
+def repeats_for(work: Callable[[], object], device: torch.device, ranks: Ranks = ALONE) -> int:
+    """The same on every rank."""
+    return max(1, min(MAX_REPEATS, round(SAMPLE_MS / max(1e-3, elapsed_ms(work, 2, device, ranks)))))
 
 
-def host_ms(timed: Timed, device: torch.device) -> float:
+def host_ms(timed: Timed, device: torch.device, ranks: Ranks = ALONE) -> float:
     """Until one step is issued, from an idle device. A layer that waits for the device shows it here."""
     synchronize(device)
+    ranks.meet()
     start = time.perf_counter()
     timed.step()
     spent = 1e3 * (time.perf_counter() - start)
     synchronize(device)
-    return spent
+    return ranks.largest(spent)
 
 
 def memory(eager: Eager, device: torch.device) -> tuple[int, int]:

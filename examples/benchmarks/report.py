@@ -9,15 +9,25 @@ from statistics import median
 from typing import Any
 
 FORMAT = 1
+EP1 = "ours-ep1"  # key of the row that others' throughput is compared with
 COLUMNS = (
     "layer", "fwd ms", "fwd+bwd ms", "min to max", "TFLOP/s", "x floor", "floor ms", "kept MiB", "peak MiB",
     "launches fwd, bwd", "host ms", "error out, dx",
+)  # fmt: skip
+PARALLEL_COLUMNS = (
+    "layer", "fwd ms", "fwd+bwd ms", "min to max", "TFLOP/s", "x floor", "floor ms", "of EP=1", "wire ms",
+    "wire share", "kept MiB", "peak MiB", "host ms", "error out, dx",
 )  # fmt: skip
 LEGEND = (
     "Medians over rounds; each round has a new random input. TFLOP/s and x floor are of fwd+bwd. Floor: the experts' "
     "products as dense matrix products of cuBLAS in the same process. Kept: allocated after the forward. Peak: most "
     "allocated during a step above weights and input. Host: until a step is issued. Error: relative, against a wider "
     "reference."
+)
+PARALLEL_LEGEND = (
+    "T tokens per rank, experts shared by all ranks; every number is the worst rank's, and samples start together. Of "
+    "EP=1: throughput per GPU over that of our layer with all experts on each GPU. Wire: what a step exchanges, done "
+    "alone, one exchange after another; its share is that time over the step's, whether hidden or not."
 )
 
 
@@ -42,7 +52,7 @@ def merge_results(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for run in runs:
         for result in run["results"]:
             rows = {row["key"]: {**row, "floor_ms": row.get("floor_ms", floor_ms(result))} for row in result["layers"]}
-            key = json.dumps([result["shape"], result["routing"], result["dtype"]])
+            key = json.dumps([result["shape"], result["routing"], result["dtype"], world_size(result)])
             if key not in merged:
                 merged[key] = {**result, "layers": list(rows.values())}
                 continue
@@ -50,6 +60,10 @@ def merge_results(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             known.update({k: row for k, row in rows.items() if row["step_ms"] or k not in known})
             merged[key]["layers"] = list(known.values())
     return list(merged.values())
+
+
+def world_size(result: dict[str, Any]) -> int:
+    return result.get("world_size", 1)
 
 
 def floor_ms(result: dict[str, Any]) -> float | None:
@@ -63,7 +77,13 @@ def x_floor(result: dict[str, Any], row: dict[str, Any]) -> float | None:
     return median(row["step_ms"]) / floor if row["step_ms"] and floor else None
 
 
-def _cells(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
+def of_single(result: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """Throughput per GPU over that of the row named EP=1 in the same run."""
+    single = next((one["step_ms"] for one in result["layers"] if one["key"] == EP1), None)
+    return median(single) / median(row["step_ms"]) if single and row["step_ms"] else None
+
+
+def _cells(result: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
     def number(value: float | None, digits: int) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
@@ -74,36 +94,43 @@ def _cells(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
     if row["status"] == "wrong":
         title += " WRONG"
     step = median(row["step_ms"])
+    wire = median(row["exchange_ms"]) if row.get("exchange_ms") else None
     launches = (row["launches_forward"], row["launches_backward"])
     errors = (row["error_output"], row["error_input_grad"])
-    return [
-        title,
-        number(median(row["forward_ms"]), 3),
-        number(step, 3),
-        f"{min(row['step_ms']):.3f} to {max(row['step_ms']):.3f}",
-        number(result["step_flops"] / step / 1e9, 0 if result["step_flops"] > 1e10 else 3),
-        number(x_floor(result, row), 2),
-        number(row.get("floor_ms", floor_ms(result)), 3),
-        mebibytes(row["kept_bytes"]),
-        mebibytes(row["peak_bytes"]),
-        "" if None in launches else f"{launches[0]}, {launches[1]}",
-        number(median(row["host_ms"]) if row["host_ms"] else None, 3),
-        "" if None in errors else f"{errors[0]:.1e}, {errors[1]:.1e}",
-    ]
+    return {
+        "layer": title,
+        "fwd ms": number(median(row["forward_ms"]), 3),
+        "fwd+bwd ms": number(step, 3),
+        "min to max": f"{min(row['step_ms']):.3f} to {max(row['step_ms']):.3f}",
+        "TFLOP/s": number(result["step_flops"] / step / 1e9, 0 if result["step_flops"] > 1e10 else 3),
+        "x floor": number(x_floor(result, row), 2),
+        "floor ms": number(row.get("floor_ms", floor_ms(result)), 3),
+        "of EP=1": number(of_single(result, row), 2),
+        "wire ms": number(wire, 3),
+        "wire share": "" if wire is None else f"{wire / step:.0%}",
+        "kept MiB": mebibytes(row["kept_bytes"]),
+        "peak MiB": mebibytes(row["peak_bytes"]),
+        "launches fwd, bwd": "" if None in launches else f"{launches[0]}, {launches[1]}",
+        "host ms": number(median(row["host_ms"]) if row["host_ms"] else None, 3),
+        "error out, dx": "" if None in errors else f"{errors[0]:.1e}, {errors[1]:.1e}",
+    }
 
 
 def table(result: dict[str, Any]) -> str:
     """One shape's Markdown: heading, table, and a line for every layer that has a note or no numbers."""
     shape = result["shape"]
     sizes = ", ".join(f"{name}={shape[name]}" for name in "TDFEK")
+    world = world_size(result)
+    columns = PARALLEL_COLUMNS if world > 1 else COLUMNS
+    parallel = f", EP={world}" if world > 1 else ""
     lines = [
-        f"### {shape['name']} ({sizes}), {result['routing']} routing, {result['dtype']}",
+        f"### {shape['name']} ({sizes}){parallel}, {result['routing']} routing, {result['dtype']}",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
     ]
     measured = [row for row in result["layers"] if row["step_ms"]]
-    lines += ["| " + " | ".join(_cells(result, row)) + " |" for row in measured]
+    lines += ["| " + " | ".join(map(_cells(result, row).__getitem__, columns)) + " |" for row in measured]
     remarks = [(row["title"], row["note"]) for row in measured if row["note"]]
     remarks += [
         (row["title"], f"{row['status']}: {row['reason']}") for row in result["layers"] if row["status"] != "ok"
@@ -112,15 +139,22 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def device(run: dict[str, Any]) -> str:
+    """What it ran on, and how many of them."""
+    count = run.get("world_size", 1)
+    return f"{count} x " * (count > 1) + run["machine"]["device"]
+
+
 def heading(run: dict[str, Any]) -> str:
     """One line on where and when."""
     machine = run["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
     commit = f", commit {machine['commit'][:12]}" if machine["commit"] else ""
-    return f"{machine['device']}{driver}; {versions}{commit}; {run['date']}\n\n    {run['command']}"
+    return f"{device(run)}{driver}; {versions}{commit}; {run['date']}\n\n    {run['command']}"
 
 
 def document(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> str:
-    parts = [*map(heading, runs), LEGEND, *map(table, results)]
+    legends = [LEGEND] + [PARALLEL_LEGEND] * any(world_size(result) > 1 for result in results)
+    parts = [*map(heading, runs), *legends, *map(table, results)]
     return "\n\n".join(parts) + "\n"

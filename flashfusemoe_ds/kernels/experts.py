@@ -130,7 +130,6 @@ def experts_backward(
     *,
     consume_h: bool,
     send_input_grads: Callable[[Tensor, Tensor], None] | None = None,
-    spared_sms: int = 0,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of (x, weight, w_up, w_down, b_up, b_down), None where `needs` says that nobody asks.
 
@@ -140,7 +139,6 @@ def experts_backward(
         consume_h: the H that was passed is not needed again: dH takes its memory, which is then freed.
         send_input_grads: gets the gradients of x and weight before those of the parameters are launched, so that they
             can travel meanwhile; `needs` must ask for both.
-        spared_sms: multiprocessors that the parameters' gradients leave to that.
     """
     need_x, need_weight, *need_parameters = needs
     consume_h = consume_h and h_NH is not None
@@ -160,11 +158,12 @@ def experts_backward(
         dweight = dweight.to(weight_RK.dtype) if need_weight else None
         if send_input_grads is not None:
             send_input_grads(dx, dweight)
+            products = products.yielding()
         rows = [dh_NH, a_NF]
         del dh_NH, a_NF
         dparameters = parameter_gradients(
-            dout_RD, x_RD, rows, weight_RK, w_up, b_up_eH, b_down_eD, order, products.sparing(spared_sms),
-            need_parameters, consume_h=consume_h,
+            dout_RD, x_RD, rows, weight_RK, w_up, b_up_eH, b_down_eD, order, products, need_parameters,
+            consume_h=consume_h,
         )  # fmt: skip
         return dx, dweight, *dparameters
 

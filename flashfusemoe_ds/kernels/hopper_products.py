@@ -246,7 +246,7 @@ class HopperProducts(TritonProducts):
         num_tiles = num_experts * m_tiles * n_tiles
         launch(
             hopper_weights.weight_grad_kernel,
-            self._grid(num_tiles),
+            (min(self.num_sms * self.waves, num_tiles),),
             gathered,
             lying,
             _descriptor(lying, _FLAT),

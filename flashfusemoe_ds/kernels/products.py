@@ -48,8 +48,9 @@ class ExpertProducts(Protocol):
 
     name: str
 
-    def sparing(self, num_sms: int) -> ExpertProducts:
-        """The same products, leaving so many multiprocessors to others where the backend can."""
+    def yielding(self) -> ExpertProducts:
+        """The same products in a form that lets other kernels in between, such as those of an exchange between ranks,
+        where the backend's own would hold every multiprocessor to their end."""
         ...
 
     def up(
@@ -114,8 +115,8 @@ class TorchProducts:
     def name(self) -> str:
         return self.gemm.name
 
-    def sparing(self, num_sms: int) -> TorchProducts:
-        return self  # torch's kernels take what they take
+    def yielding(self) -> TorchProducts:
+        return self  # torch's kernels are as they are
 
     def up(self, x_RD, order, w_up, b_up_eH, weight_RK, activation):
         bias_NH = None if b_up_eH is None else b_up_eH[order.expert_N()]

@@ -28,6 +28,7 @@ from flashfusemoe_ds.kernels.triton_curves import CURVE_OF
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FIRST_CAPABILITY = (8, 0)
+WAVES = 8  # of `yielding` products
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,14 @@ class TritonProducts:
     Attributes:
         capability: compute capability, which chooses the tiles; (0, 0) for the interpreter.
         num_sms: multiprocessors, which size the grids.
+        waves: programs of a weight gradient that run one after another on each multiprocessor. In one wave, those that
+            find a multiprocessor taken by another kernel start when the others are through.
     """
 
     capability: tuple[int, int]
     num_sms: int
     name: str = "triton"
+    waves: int = 1
 
     @staticmethod
     def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -174,8 +178,8 @@ class TritonProducts:
         """The products for a device on which `why_not` found nothing."""
         return cls(*_properties(device)) if device.type == "cuda" else cls((0, 0), 2)
 
-    def sparing(self, num_sms: int) -> TritonProducts:
-        return replace(self, num_sms=max(1, self.num_sms - num_sms)) if num_sms else self
+    def yielding(self) -> TritonProducts:
+        return replace(self, waves=WAVES)
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
@@ -362,7 +366,7 @@ class TritonProducts:
         num_tiles = num_experts * cdiv(m, tiles.bm) * cdiv(n, tiles.bn)
         launch(
             triton_weights.weight_grad_kernel,
-            (min(num_tiles, self.num_sms * tiles.per_sm),),
+            (min(num_tiles, self.num_sms * tiles.per_sm * self.waves),),
             left.contiguous(),
             right.contiguous(),
             order.row_N,

@@ -149,7 +149,6 @@ class _ParallelExperts(torch.autograd.Function):
                     dout_RD, x_RD, kept_h, weight_RK, join(w_gate, w_up), w_down, b_up, b_down, ExpertOrder(*order),
                     ctx.activation, ctx.products, needs, consume_h=not graph_is_kept(),
                     send_input_grads=send if ctx.overlap.input_grad else None,
-                    spared_sms=ctx.overlap.num_sms if ctx.overlap.input_grad else 0,
                 )
             )  # fmt: skip
         if not home:

@@ -237,6 +237,9 @@ class RecordedProducts:
     def __init__(self, products: Any, log: list[str]) -> None:
         self._products, self._log = products, log
 
+    def yielding(self) -> RecordedProducts:
+        return RecordedProducts(self._products.yielding(), self._log)
+
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._products, name)
         if name in ("up", "down", "dgated", "dx", "dw_down", "dw_up"):

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""FlashFusedMoE's published training workload as a plain PyTorch model on stock `deepspeed.moe` layers.
+
+24 decoder layers of width 1024, the first with a dense MLP, the others with 8 routed experts (top-2) and a shared
+one; 1.14 B parameters. The shape is that of the benchmark in AdaMLLab/FlashFusedMoE at f75f789 (`SeedConfig`'s
+defaults). The weights are a function of the seed alone, whatever ep_size is, so that all contenders train the same
+model; ours come in through `flashfusemoe_ds.initialize`, which replaces the MoE layers in place.
+
+Shape suffixes: B sequences, S tokens per sequence, T = B * S, D hidden size, H heads, C channels of a head, V words,
+L MoE layers, E experts of a layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zlib
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import is_moe_param
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+INIT_STD = 0.02
+_LOCAL_EXPERT = re.compile(r"(?<=\.deepspeed_experts\.)\d+")
+
+
+@dataclass(frozen=True)
+class SeedConfig:
+    """Sizes of the model. The defaults are the published ones.
+
+    Attributes:
+        vocab: words; the embedding is the output layer as well.
+        mlp_size, expert_size, shared_size: intermediate sizes of the SwiGLU of the first layer, of an expert, and of
+            the shared expert that every token visits.
+        ep_size: ranks that share one set of experts.
+        capacity_factor: drop tokens beyond it, as DeepSpeed does; None drops none.
+    """
+
+    vocab: int = 50304
+    num_layers: int = 24
+    hidden_size: int = 1024
+    num_heads: int = 16
+    mlp_size: int = 4096
+    num_experts: int = 8
+    expert_size: int = 1536
+    shared_size: int = 1536
+    top_k: int = 2
+    context: int = 1024
+    ep_size: int = 1
+    capacity_factor: float | None = None
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{field.name}={value}: must be positive")
+        if self.num_layers < 2:
+            raise ValueError(f"num_layers={self.num_layers}: must be at least 2, the first layer is dense")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size}: must be a multiple of 2 * num_heads = {2 * self.num_heads}, "
+                "rotary embeddings turn pairs of channels"
+            )
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k}: must be at most num_experts={self.num_experts}")
+        if self.num_experts % self.ep_size:
+            divisors = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
+            raise ValueError(
+                f"ep_size={self.ep_size}: must divide num_experts={self.num_experts}, so be one of {divisors}"
+            )
+
+
+SIZES = {
+    "seed": SeedConfig(),
+    "toy": SeedConfig(
+        vocab=64,
+        num_layers=3,
+        hidden_size=32,
+        num_heads=2,
+        mlp_size=64,
+        num_experts=4,
+        expert_size=32,
+        shared_size=32,
+        context=32,
+    ),
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--size", choices=SIZES, default="seed", help="the published sizes, or some for a CPU")
+    for field in fields(SeedConfig):
+        if field.name not in ("ep_size", "rope_base"):
+            kind = float if field.name == "capacity_factor" else int
+            group.add_argument(f"--{field.name}", type=kind, help="in place of --size's")
+    group.add_argument("--ep_size", type=int, help="ranks that share one set of experts; default: all that can")
+
+
+def model_config(args: argparse.Namespace, ep_size: int) -> SeedConfig:
+    """ValueError where the sizes do not fit each other."""
+    given = {field.name: getattr(args, field.name, None) for field in fields(SeedConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(SIZES[args.size], **{**given, "ep_size": ep_size})
+
+
+class LMOutput(NamedTuple):
+    loss: Tensor  # cross-entropy, nats per token
+    l_aux: Tensor  # load-balancing loss, mean over the MoE layers
+    counts_LE: Tensor  # routes that this rank sent to each expert of each MoE layer
+
+
+class SwiGLU(nn.Module):
+    """gate and up in one product: the fastest way to write an expert that DeepSpeed's stock layer runs one by one."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class CausalAttention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        B, S, D = x_BSD.shape
+        q, k, v = self.qkv(x_BSD).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed_BHSC = F.scaled_dot_product_attention(apply_rope(q, rope), apply_rope(k, rope), v, is_causal=True)
+        return self.out(mixed_BHSC.transpose(1, 2).reshape(B, S, D))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: SeedConfig, is_moe: bool) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(cfg.hidden_size, eps=NORM_EPS)
+        self.attention = CausalAttention(cfg.hidden_size, cfg.num_heads)
+        self.mlp_norm = nn.RMSNorm(cfg.hidden_size, eps=NORM_EPS)
+        # In a MoE layer, the shared expert.
+        self.mlp = SwiGLU(cfg.hidden_size, cfg.shared_size if is_moe else cfg.mlp_size)
+        self.moe = _moe_layer(cfg) if is_moe else None
+
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope)
+        normed_BSD = self.mlp_norm(x_BSD)
+        if self.moe is None:
+            return x_BSD + self.mlp(normed_BSD), None, None
+        routed_BSD, l_aux, counts_E = self.moe(normed_BSD)
+        return x_BSD + routed_BSD + self.mlp(normed_BSD), l_aux, counts_E.detach()
+
+
+class SeedLM(nn.Module):
+    """Next-word prediction: int64 [B, S + 1] in, `LMOutput` out; word i + 1 answers position i."""
+
+    def __init__(self, cfg: SeedConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embedding = nn.Embedding(cfg.vocab, cfg.hidden_size)
+        self.blocks = nn.ModuleList(Block(cfg, is_moe=i > 0) for i in range(cfg.num_layers))
+        self.norm = nn.RMSNorm(cfg.hidden_size, eps=NORM_EPS)
+
+    def forward(self, words_BS: Tensor) -> LMOutput:
+        inputs_BS, answers_BS = words_BS[:, :-1], words_BS[:, 1:]
+        rope = rope_tables(inputs_BS.shape[1], self.cfg, inputs_BS.device)
+        x_BSD = self.embedding(inputs_BS)
+        aux, counts = [], []
+        for block in self.blocks:
+            x_BSD, l_aux, counts_E = block(x_BSD, rope)
+            if l_aux is not None:
+                aux.append(l_aux)
+                counts.append(counts_E)
+        logits_TV = F.linear(self.norm(x_BSD), self.embedding.weight).flatten(0, 1).float()
+        loss = F.cross_entropy(logits_TV, answers_BS.flatten())
+        return LMOutput(loss, torch.stack(aux).float().mean(), torch.stack(counts))
+
+
+def rope_tables(length: int, cfg: SeedConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [S, C / 2]. Not buffers: a bf16 engine would round buffers, and with them the positions."""
+    head_dim = cfg.hidden_size // cfg.num_heads
+    inv_freq = cfg.rope_base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inv_freq)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x_BHSC: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rope
+    first, second = x_BHSC.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BHSC.dtype)
+
+
+def make_model(cfg: SeedConfig, seed: int, ep_rank: int, device: torch.device, dtype: torch.dtype) -> SeedLM:
+    """A model on `device`; expert e of a layer has the same weights on whichever rank it lives.
+
+    Args:
+        ep_rank: this rank's place in its expert-parallel group.
+    """
+    with device:
+        model = SeedLM(cfg)
+    num_local = cfg.num_experts // cfg.ep_size
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.ndim < 2:
+                continue  # norms stay at one
+            name = _LOCAL_EXPERT.sub(lambda local: str(int(local[0]) + ep_rank * num_local), name)
+            generator = torch.Generator(device).manual_seed(seed + zlib.crc32(name.encode()))
+            param.normal_(std=INIT_STD, generator=generator)
+    return model.to(dtype)
+
+
+def parameter_counts(model: SeedLM) -> dict[str, int]:
+    """Parameters of the whole model, over all ranks, and those that one token's forward pass touches."""
+    cfg = model.cfg
+    experts = sum(p.numel() for p in model.parameters() if is_moe_param(p)) * cfg.ep_size
+    dense = sum(p.numel() for p in model.parameters() if not is_moe_param(p))
+    return {"total": dense + experts, "active": dense + experts * cfg.top_k // cfg.num_experts}
+
+
+def random_batches(cfg: SeedConfig, batch: int, num: int, seed: int, rank: int, device: torch.device) -> Tensor:
+    """int64 [num, B, S + 1], uniform words; other ones on every rank."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + rank)
+    return torch.randint(cfg.vocab, (num, batch, cfg.context + 1), generator=generator).to(device)
+
+
+def _moe_layer(cfg: SeedConfig) -> MoE:
+    drops = cfg.capacity_factor is not None
+    return MoE(
+        cfg.hidden_size,
+        SwiGLU(cfg.hidden_size, cfg.expert_size),
+        num_experts=cfg.num_experts,
+        ep_size=cfg.ep_size,
+        k=cfg.top_k,
+        capacity_factor=cfg.capacity_factor if drops else 1.0,
+        drop_tokens=drops,
+        use_rts=False,
+        top2_2nd_expert_sampling=False,  # else the second expert is drawn at random
+    )
