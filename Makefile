@@ -6,6 +6,8 @@ RUN_DIR ?= runs/lm
 PROCESSES ?= 2
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
+# Tests at a time; those of one file stay together, because they share what takes long.
+TEST_WORKERS ?= 2
 
 # Everything below runs the environment's `python`. The launcher is called as a module: in an environment on top of a
 # system DeepSpeed, the `deepspeed` script is the system's and would start the system's interpreter.
@@ -40,7 +42,7 @@ lint: setup
 	ruff check . --extend-exclude runs  # DeepSpeed puts scripts of its own beside every checkpoint
 
 test: lint
-	python -m pytest $(PYTEST_ARGS)
+	python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv build dist runs *.egg-info .benchmarks .pytest_cache .ruff_cache .hypothesis

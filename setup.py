@@ -12,7 +12,8 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "flashfusemoe_ds" / "__i
 PLOT = ["matplotlib>=3.7", "tqdm>=4.60"]
 # Where AutoEP of deepspeed 0.19.8 trains what Transformers trains: docs/autoep.md.
 HF = ["transformers>=5.6,<5.23"]
-TEST = ["pytest>=7", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6"]
+TRAINER = ["accelerate>=1.1", "peft>=0.21"]
+TEST = ["pytest>=7", "pytest-timeout>=2", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.6"]
 
 setup(
     name="flashfusemoe_ds",
@@ -27,5 +28,5 @@ setup(
     python_requires=">=3.10",
     # pydantic comes with deepspeed, whose own config models are built on it.
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'", "deepspeed>=0.19.8"],
-    extras_require={"hf": HF, "examples": PLOT, "dev": HF + PLOT + TEST},
+    extras_require={"hf": HF, "examples": PLOT, "dev": HF + TRAINER + PLOT + TEST},
 )

@@ -27,6 +27,7 @@ _HOME = {
     "Gating": "nn.router",
     "MoELayer": "nn.moe_layer",
     "fused_moe": "nn.functional",
+    "register_experts_implementation": "hf.experts",
 }
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "fused_moe",
     "get_dense_params",
     "initialize",
+    "register_experts_implementation",
     "replace_moe",
 ]
 

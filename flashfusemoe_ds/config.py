@@ -27,7 +27,7 @@ class DeepEPConfig(_Section):
 class SymmMemConfig(_Section):
     """Settings of `ep_backend: "symm_mem"`."""
 
-    num_sms: int = Field(24, ge=1, description="Streaming multiprocessors given to the exchange.")
+    num_sms: int = Field(64, ge=1, description="Streaming multiprocessors given to the exchange.")
     max_tokens_per_rank: int = Field(
         8192, ge=1, description="Most tokens one rank sends in one call; buffers are sized for it. More raise."
     )
@@ -48,9 +48,6 @@ class OverlapConfig(_Section):
     input_grad: bool = Field(True, description="The experts' input gradient travels while their dW is computed.")
     router_grad: bool = Field(
         True, description="The router's backward runs while the experts' input gradient travels; needs input_grad."
-    )
-    num_sms: int = Field(
-        0, ge=0, description="Streaming multiprocessors that the kernels of dW leave to the exchange beside them."
     )
 
 
@@ -82,6 +79,19 @@ class FlashFuseMoEConfig(_Section):
     )
     recompute_activations: bool = Field(
         False, description="Keep only the layer's input for the backward and recompute the up-projection."
+    )
+    log_expert_load: Literal[False, True, "brief", "layers", "experts"] = Field(
+        False,
+        description="Write expert load to DeepSpeed's monitor as `Train/MoE/*`: `brief` (or true) over all layers, "
+        "`layers` also for each layer, `experts` also for each expert; see [expert_load.md](expert_load.md).",
+    )
+    log_expert_load_steps: int = Field(10, ge=1, description="Optimizer steps that one written value covers.")
+    expert_bias_update_rate: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="After every step, move the bias on each expert's choice by this much towards balance, in layers "
+        "that have such a bias; left out, nothing moves it.",
     )
     deep_ep: DeepEPConfig = Field(default_factory=DeepEPConfig, description="Settings of the deep_ep transport.")
     symm_mem: SymmMemConfig = Field(default_factory=SymmMemConfig, description="Settings of the symm_mem transport.")

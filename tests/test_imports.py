@@ -22,6 +22,7 @@ LEVELS = {
     "hf": 4,
     "report": 5,
     "convert_checkpoint": 5,
+    "plot_load": 5,
     "__init__": 6,
 }
 # Third parties that may appear only in some places.

@@ -17,10 +17,12 @@ from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 from torch import nn
 
 from flashfusemoe_ds.config import SECTION, FlashFuseMoEConfig
+from flashfusemoe_ds.dispatch.nccl import NcclDispatcher
 from flashfusemoe_ds.dispatch.select import check_ep_backend, close_dispatcher
 from flashfusemoe_ds.ds.autoep import autoep_enabled, check_autoep, fuse_autoep
 from flashfusemoe_ds.ds.checkpoint import guard_checkpoints
 from flashfusemoe_ds.ds.engine_overlap import overlap_gradients
+from flashfusemoe_ds.ds.expert_load import check_expert_load, flush_expert_load, observe_expert_load, wants_expert_load
 from flashfusemoe_ds.ds.grad_norm import use_exact_grad_norm
 from flashfusemoe_ds.ds.moe import MoE
 from flashfusemoe_ds.ds.replace import as_lists, is_replaceable, remap_groups, remap_optimizer, replace_moe
@@ -70,8 +72,9 @@ def initialize(
     if isinstance(optimizer, torch.optim.Optimizer):
         remap_optimizer(optimizer)
     _refuse_sharded_layers(model)
+    check_expert_load(model, ds_config, section)
     layers = [m for m in model.modules() if isinstance(m, MoE)]
-    if not layers and not autoep_enabled(ds_config):
+    if not layers and not autoep_enabled(ds_config) and not wants_expert_load(section):
         logger.warning(f"{SECTION}: the model has no deepspeed.moe or flashfusemoe_ds MoE layer; nothing to do")
     world_size = _world_size(mpu)
     for layer in layers:
@@ -114,7 +117,8 @@ def attach(engine: Any) -> Any:
         The engine.
 
     Raises:
-        ValueError: the section asks for replace_moe, and stock MoE layers are left in the engine's model.
+        ValueError: the section asks for replace_moe, and stock MoE layers are left in the engine's model; or it
+            asks for expert load or moving biases where this engine cannot have them (see `ds.expert_load`).
     """
     section = FlashFuseMoEConfig.from_ds_config(engine.config)
     check_section(section)
@@ -129,6 +133,7 @@ def attach(engine: Any) -> Any:
     layers = [m for m in engine.module.modules() if isinstance(m, MoE)]
     for layer in layers:
         layer.configure(section)
+    _name_transports(engine.module)
     ours = layers or engine.has_moe_layers or SECTION in engine.config
     if ours and not getattr(engine, "_flashfusemoe_attached", False):
         engine._flashfusemoe_attached = True
@@ -137,22 +142,32 @@ def attach(engine: Any) -> Any:
         if section.exact_grad_norm:
             use_exact_grad_norm(engine)
         reduced = overlap_gradients(engine, section.overlap_dense_grads)
+        observe_expert_load(engine, section)
         log_dist(_summary(section, layers, reduced), ranks=[0])
     return engine
 
 
 def close(model: Any) -> None:
-    """Frees the buffers of the transports that a model's layers hold, as DeepEP wants it before the process ends.
+    """Frees the buffers of the transports that a model's layers hold, as DeepEP wants it before the process ends, and
+    writes the expert load that `log_expert_load` has not written yet.
 
     Collective: call it on every rank, when no step runs any more and before torch.distributed is shut down.
 
     Args:
         model: an engine, or any module.
     """
+    flush_expert_load(model)
     for module in getattr(model, "module", model).modules():
         dispatcher = getattr(module, "dispatcher", None)
         if dispatcher is not None:
             close_dispatcher(dispatcher)
+
+
+def _name_transports(model: nn.Module) -> None:
+    """Tells each layer's own transport the layer's name, for its messages; one that layers share names none."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "dispatcher", None), NcclDispatcher):
+            module.dispatcher.layer = name
 
 
 def check_section(section: FlashFuseMoEConfig) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flashfusemoe_ds.kernels.exchange import as_words
 from flashfusemoe_ds.kernels.launch import launch
+from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
 
 MAX_BLOCKS = 128  # each reads all of blocks_BP
 PAIRS = 1024  # (token, rank) pairs that a block looks at at a time: 8 a thread
@@ -165,10 +166,10 @@ def _spread_kernel(
 
 def _stretches(num_tokens: int, num_ranks: int) -> tuple[int, int, int, int]:
     """How count and place share the tokens out: blocks, tokens per block, tokens at a time, and ranks rounded up."""
-    block_p = triton.next_power_of_2(num_ranks)
+    block_p = next_power_of_2(num_ranks)
     block_t = max(16, min(128, PAIRS // block_p))
-    num_blocks = min(MAX_BLOCKS, triton.cdiv(num_tokens, block_t))
-    per_block = triton.cdiv(triton.cdiv(num_tokens, max(num_blocks, 1)), block_t) * block_t
+    num_blocks = min(MAX_BLOCKS, cdiv(num_tokens, block_t))
+    per_block = cdiv(cdiv(num_tokens, max(num_blocks, 1)), block_t) * block_t
     return num_blocks, per_block, block_t, block_p
 
 
@@ -226,7 +227,7 @@ def place_rows(
         BLOCK_T=block_t,
         BLOCK_P=block_p,
         BLOCK_B=COUNT_TILE // block_p,
-        BLOCK_J=triton.next_power_of_2(columns),
+        BLOCK_J=next_power_of_2(columns),
         num_warps=NUM_WARPS,
     )
     return slot_TJ, words
@@ -238,11 +239,11 @@ def spread_rows(x_TD: Tensor, slot_TJ: Tensor, num_rows: int) -> Tensor:
     out = torch.empty(num_rows, width, dtype=x_TD.dtype, device=x_TD.device)
     # One 16-byte load a thread, over as many tokens as that takes.
     elements = NUM_WARPS * 32 * 16 // x_TD.element_size()
-    block_d = min(elements, max(16, triton.next_power_of_2(width)))
+    block_d = min(elements, max(16, next_power_of_2(width)))
     block_t = elements // block_d
     launch(
         _spread_kernel,
-        (triton.cdiv(num_tokens, block_t) * triton.cdiv(width, block_d) if num_rows else 0,),
+        (cdiv(num_tokens, block_t) * cdiv(width, block_d) if num_rows else 0,),
         x_TD.contiguous(),
         slot_TJ,
         out,

@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashfusemoe_ds.kernels.launch import launch
+from flashfusemoe_ds.kernels.sizes import next_power_of_2
 
 NUM_WARPS = 16
 TILE_WORDS = 16384  # int32 words that a program copies at a time: 128 bytes in flight per thread
@@ -652,7 +653,7 @@ class Peers:
     @cached_property
     def constants(self) -> dict[str, int]:
         num_ranks = self.slab.num_ranks
-        return {"RANK": self.rank, "P": num_ranks, "P2": max(2, triton.next_power_of_2(num_ranks))}
+        return {"RANK": self.rank, "P": num_ranks, "P2": max(2, next_power_of_2(num_ranks))}
 
     def launch(self, kernel: Any, num_programs: int, *args: Any, num_warps: int = NUM_WARPS, **constants: Any) -> None:
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
@@ -690,13 +691,13 @@ class Failure:
 
 def _tile(width: int, elements: int) -> tuple[int, int]:
     """Rows and columns of a tile of about `elements`; of the strips of a row, those that leave the least idle."""
-    widest = max(4, min(elements, 2048, triton.next_power_of_2(width)))
+    widest = max(4, min(elements, 2048, next_power_of_2(width)))
     columns = min((widest, max(4, widest // 2), max(4, widest // 4)), key=lambda c: -(-width // c) * c)
     return max(1, elements // columns), columns
 
 
 def _padded(top_k: int) -> int:
-    return max(1, triton.next_power_of_2(top_k))
+    return max(1, next_power_of_2(top_k))
 
 
 def _as_words(rows: Tensor) -> Tensor:
@@ -874,7 +875,7 @@ def sum_home(
 ) -> tuple[Tensor, Tensor | None]:
     """Second half of a combine: each token's rows [T, D], and weights [T, K], added in rank order in float32."""
     (num_tokens, _), width = pos_TP.shape, y_RD.shape[1]
-    rows, columns = _tile(width, SUM_BYTES // y_RD.element_size() // triton.next_power_of_2(peers.slab.num_ranks))
+    rows, columns = _tile(width, SUM_BYTES // y_RD.element_size() // next_power_of_2(peers.slab.num_ranks))
     out_TD = torch.empty(num_tokens, width, dtype=y_RD.dtype, device=y_RD.device)
     top_k = 1 if weight_RK is None else weight_RK.shape[1]
     weight_TK = None
