@@ -67,6 +67,11 @@ class FlashFuseMoEConfig(_Section):
     gemm_backend: Literal["triton", "grouped_mm", "reference"] | None = Field(
         None, description="Backend of the experts' matrix products; omitted, the fastest that runs on the operands."
     )
+    gating_backend: Literal["torch", "triton"] = Field(
+        "torch",
+        description="DeepSpeed's gating in `MoE` layers: PyTorch operators, or fused kernels where they take the "
+        "operands on CUDA, a tenth of the operators. The kernels have run in Triton's interpreter, on no GPU yet.",
+    )
     overlap_dense_grads: bool = Field(
         True,
         description="Reduce dense and expert gradients during backward, at ZeRO stages 0, 1 and 2. At 1 and 2 sets "

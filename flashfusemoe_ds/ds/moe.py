@@ -38,15 +38,16 @@ from flashfusemoe_ds.ds.tensor_parallel import (
     tensor_parallel_size,
 )
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden, check_positive
-from flashfusemoe_ds.nn.deepspeed_gating import NOISE_POLICIES, DeepSpeedGating, deepspeed_gating, jitter
+from flashfusemoe_ds.nn.deepspeed_gating import NOISE_POLICIES, DeepSpeedGating, gate_and_route, jitter
 from flashfusemoe_ds.nn.experts import ModuleExperts
 from flashfusemoe_ds.nn.parallel_experts import LateGradient, through_experts
-from flashfusemoe_ds.nn.router import router_logits
 from flashfusemoe_ds.types import Dispatched, Routing
 
 
 class FusedTopKGate(StockTopKGate):
     """DeepSpeed's gate, returning a `Routing` and l_aux."""
+
+    gating_backend = "torch"
 
     def forward(self, input: Tensor, used_token: Tensor | None = None) -> tuple[Routing, Tensor]:
         """[T, D] -> routing over all E experts, and the scalar load-balancing loss."""
@@ -54,7 +55,6 @@ class FusedTopKGate(StockTopKGate):
             self.timers(TOPK_GATE_TIMER).start()
         jittered = self.noisy_gate_policy == "Jitter" and self.training
         x_TD = jitter(input.float()) if jittered else input
-        logits_TE = router_logits(x_TD, self.wg.weight, torch.float32)
         gating = DeepSpeedGating(
             k=self.k,
             capacity_factor=self.capacity_factor if self.training else self.eval_capacity_factor,
@@ -64,8 +64,7 @@ class FusedTopKGate(StockTopKGate):
             top2_2nd_expert_sampling=self.top2_2nd_expert_sampling,
             rsample=self.noisy_gate_policy == "RSample" and self.training,
         )
-        with torch.autocast(input.device.type, enabled=False):
-            routed = deepspeed_gating(logits_TE, gating, used_token)
+        routed = gate_and_route(x_TD, self.wg.weight, gating, used_token, fused=self.gating_backend == "triton")
         if self.wall_clock_breakdown:
             self.timers(TOPK_GATE_TIMER).stop()
             self.gate_time = self.timers(TOPK_GATE_TIMER).elapsed(reset=False)
@@ -115,6 +114,7 @@ class FusedMOELayer(StockMOELayer):
     def configure(self, config: FlashFuseMoEConfig) -> None:
         """Takes the section's settings; safe at any time between steps, on every rank alike."""
         self.config = config
+        self.gate.gating_backend = config.gating_backend
         if isinstance(self.experts, FusedExperts):
             self.experts.gemm_backend = config.gemm_backend
             self.experts.recompute_activations = config.recompute_activations

@@ -69,30 +69,31 @@ class Rule(NamedTuple):
     top2_sum: bool
 
 
-# ---- pieces of both kernels
+# ---- pieces of both kernels, and of deepspeed_routing's
 
 
 @triton.jit
-def _ordered(x):
+def ordered(x):
     """Integers in the order of the floats, NaN above all, as torch.topk has it."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # -0 equals +0
     return tl.where(x == x, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), 0x7FFFFFFF)
 
 
 @triton.jit
-def _unordered(key):
+def unordered(key):
+    """The float of such an integer."""
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _best(key, columns):
+def best_column(key, columns):
     """Each row's largest key, and its first column."""
     top = tl.max(key, axis=1)
     return top, tl.min(tl.where(key == top[:, None], columns, 0x7FFFFFFF), axis=1)
 
 
 @triton.jit
-def _softmax(logits, inside):
+def softmax_within(logits, inside):
     """Softmax over the columns that are inside, 0 elsewhere, and the log-partition. A NaN makes its row NaN."""
     largest = tl.max(tl.where(inside, logits, float("-inf")), axis=1)
     exponential = tl.where(inside, tl.exp(logits - largest[:, None]), 0.0)
@@ -101,8 +102,14 @@ def _softmax(logits, inside):
 
 
 @triton.jit
+def at_least(total, floor):
+    """torch.clamp(min=floor): unlike a maximum, it keeps NaN."""
+    return tl.where(total < floor, floor, total)
+
+
+@triton.jit
 def _at_least_tiny(total):
-    return tl.where(total < TINY, TINY, total)  # unlike a maximum, keeps NaN
+    return at_least(total, TINY)
 
 
 @triton.jit
@@ -129,14 +136,14 @@ def _close_groups(
     group_key = tl.full([key.shape[0], GROUPS], NEVER, tl.int32)
     for g in range(NUM_GROUPS):
         members = tl.where(group == g, key, NEVER)
-        top, first = _best(members, columns)
-        score = _unordered(top)
+        top, first = best_column(members, columns)
+        score = unordered(top)
         if TOP2 and size > 1:
-            score += _unordered(tl.max(tl.where(columns == first[:, None], NEVER, members), axis=1))
-        group_key = tl.where(groups == g, _ordered(score)[:, None], group_key)
+            score += unordered(tl.max(tl.where(columns == first[:, None], NEVER, members), axis=1))
+        group_key = tl.where(groups == g, ordered(score)[:, None], group_key)
     is_open = tl.zeros(key.shape, dtype=tl.int1)
     for _ in range(TOP_GROUPS):
-        _, first = _best(group_key, groups)
+        _, first = best_column(group_key, groups)
         group_key = tl.where(groups == first[:, None], NEVER, group_key)
         is_open = is_open | (group == first[:, None])
     return tl.where(is_open, key, tl.minimum(key, CLOSED))
@@ -195,7 +202,7 @@ def _choose_kernel(
             logits = tl.load(logits_ptr + at, mask=inside, other=0.0)
 
         if SUM_Z or (SOFTMAX and (SUM_PROBS or not AFTER_TOPK)):
-            probs, log_partition = _softmax(logits, exists)
+            probs, log_partition = softmax_within(logits, exists)
         if SUM_Z:
             z_sum += tl.where(is_token, log_partition * log_partition, 0.0)
         scores = logits
@@ -213,17 +220,17 @@ def _choose_kernel(
         choice = scores
         if HAS_BIAS:
             choice += tl.load(bias_ptr + columns, mask=exists, other=0.0)
-        key = tl.where(exists, _ordered(choice), NEVER)
+        key = tl.where(exists, ordered(choice), NEVER)
         if NUM_GROUPS > 0:
             key = _close_groups(key, columns, NUM_EXPERTS, NUM_GROUPS, TOP_GROUPS, TOP2, GROUPS)
         chosen = tl.zeros([TOKENS, CHOICES], dtype=tl.float32)
         for k in range(TOP_K):
-            top, expert = _best(key, columns)
+            top, expert = best_column(key, columns)
             is_chosen = columns == expert[:, None]
             if HAS_BIAS:
                 score = tl.sum(tl.where(is_chosen, scores, 0.0), axis=1)
             else:
-                score = _unordered(top)
+                score = unordered(top)
             chosen = tl.where(choices == k, score[:, None], chosen)
             key = tl.where(is_chosen, NEVER, key)
             tl.store(idx_ptr + rows * TOP_K + k, expert.to(tl.int64), mask=is_token)
@@ -234,7 +241,7 @@ def _choose_kernel(
         is_choice = choices < TOP_K
         if AFTER_TOPK:
             if SOFTMAX:
-                weight, _ = _softmax(chosen, is_choice)
+                weight, _ = softmax_within(chosen, is_choice)
             else:
                 weight = tl.sigmoid(chosen)
         if RENORMALIZE:
@@ -331,7 +338,8 @@ def _mm32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _tile(num_experts: int) -> dict[str, int]:
+def tile_of(num_experts: int) -> dict[str, int]:
+    """The constexprs that say how much of the logits is in registers at a time."""
     experts = max(4, next_power_of_2(num_experts))
     return {"EXPERTS": experts, "TOKENS": max(1, min(MAX_TOKENS, TILE // experts))}
 
@@ -352,7 +360,7 @@ def choose(
         loss, and the two scalar losses where their coefficients are positive, else None.
     """
     num_tokens, num_experts = product.shape[0], product.shape[1] // (3 if is_split else 1)
-    tile = _tile(num_experts)
+    tile = tile_of(num_experts)
     sum_probs, sum_z = aux_loss_coeff > 0, z_loss_coeff > 0
     count = count or sum_probs
 
@@ -416,7 +424,7 @@ def choose(
         logits_TE if aux_loss is None else aux_loss,
         logits_TE if z_loss is None else z_loss,
         programs,
-        _aux_factor(num_tokens, num_experts, rule, aux_loss_coeff),
+        aux_factor_of(num_tokens, num_experts, rule, aux_loss_coeff),
         _z_factor(num_tokens, z_loss_coeff),
         NUM_EXPERTS=num_experts,
         COUNT=count,
@@ -429,7 +437,7 @@ def choose(
     return logits_TE, idx_TK, weight_TK, counts_E, aux_loss, z_loss
 
 
-def _aux_factor(num_tokens: int, num_experts: int, rule: Rule, coeff: float) -> float:
+def aux_factor_of(num_tokens: int, num_experts: int, rule: Rule, coeff: float) -> float:
     """What the sum over experts of (routes of e) * (e's probability summed over tokens) is multiplied by."""
     return coeff * num_experts / max(num_tokens, 1) / max(num_tokens * rule.top_k, 1)
 
@@ -493,6 +501,7 @@ def _dlogits_kernel(
     HAS_AUX: tl.constexpr,
     HAS_Z: tl.constexpr,
     PARTS: tl.constexpr,
+    FLOOR: tl.constexpr,
     COPY_BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -508,7 +517,7 @@ def _dlogits_kernel(
         inside = is_token[:, None] & exists
         logits = tl.load(logits_ptr + rows[:, None] * NUM_EXPERTS + columns, mask=inside, other=0.0)
         if HAS_Z or (SOFTMAX and (HAS_AUX or not AFTER_TOPK)):
-            softmax, log_partition = _softmax(logits, exists)
+            softmax, log_partition = softmax_within(logits, exists)
         if not SOFTMAX:
             sigmoid = tl.where(exists, tl.sigmoid(logits), 0.0)
 
@@ -531,15 +540,15 @@ def _dlogits_kernel(
             grad *= scaling_factor
             if SOFTMAX and AFTER_TOPK:
                 # A row past the last token has chosen nothing: let it divide by 1.
-                scores, _ = _softmax(logits, chosen | ~is_token[:, None])
+                scores, _ = softmax_within(logits, chosen | ~is_token[:, None])
             elif SOFTMAX:
                 scores = tl.where(chosen, softmax, 0.0)
             else:
                 scores = tl.where(chosen, sigmoid, 0.0)
             if RENORMALIZE:
                 total = tl.sum(scores, axis=1)
-                divisor = _at_least_tiny(total)
-                mean = tl.where(total < TINY, 0.0, tl.sum(grad * scores, axis=1) / divisor)
+                divisor = at_least(total, FLOOR)
+                mean = tl.where(total < FLOOR, 0.0, tl.sum(grad * scores, axis=1) / divisor)
                 grad = tl.where(chosen, (grad - mean[:, None]) / divisor[:, None], 0.0)
             if AFTER_TOPK:
                 if SOFTMAX:
@@ -603,13 +612,16 @@ def gate_gradients(
     need_x: bool,
     need_gate: bool,
     pos_TK: Tensor | None = None,
+    floor: float = TINY.value,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x [T, D] and of the gate's weight [E, D], each in its tensor's dtype, None where not needed.
 
     Args:
+        idx_TK: int64 [T, K], -1 for a dropped route, which weighs 0 and has no share in a renormalisation.
         dweight_TK: float32 [T, K]; None if nobody used the weights.
         pos_TK: if given, every route has a place [0, N) in the experts' order, and in the place of dweight_TK stand
             the experts' partial sums dS [P, N].
+        floor: what a sum of scores was raised to before renormalised weights were divided by it.
     """
     num_tokens, num_experts = logits_TE.shape
     if not num_tokens:
@@ -627,7 +639,7 @@ def gate_gradients(
     if need_x and parts > 1:
         stacked = torch.empty((parts - 1) * num_experts, gate_ED.shape[1], dtype=dtype, device=x_TD.device)
         copy_programs = cdiv(gate_ED.numel(), COPY_BLOCK)
-    tile = _tile(num_experts)
+    tile = tile_of(num_experts)
     launch(
         _dlogits_kernel,
         (copy_programs + cdiv(num_tokens, tile["TOKENS"]),),
@@ -644,7 +656,7 @@ def gate_gradients(
         num_tokens,
         0 if pos_TK is None else dweight_TK.shape[1],
         rule.scaling_factor,
-        _aux_factor(num_tokens, num_experts, rule, aux_loss_coeff),
+        aux_factor_of(num_tokens, num_experts, rule, aux_loss_coeff),
         _z_factor(num_tokens, z_loss_coeff),
         gate_ED.numel(),
         copy_programs,
@@ -658,6 +670,7 @@ def gate_gradients(
         HAS_AUX=daux is not None,
         HAS_Z=dz is not None,
         PARTS=parts,
+        FLOOR=floor,
         COPY_BLOCK=COPY_BLOCK,
         **tile,
         num_warps=NUM_WARPS,

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Our MoE against deepspeed.moe.layer.MoE, one process, fp32: same weights, same seed, same numbers, same draws."""
+"""Our MoE against deepspeed.moe.layer.MoE, one process, fp32: same weights, same seed, same numbers, same draws.
+
+On a GPU, where there is one. The gate's fused kernels, which are asked for, run there too, elsewhere in Triton's
+interpreter: `test_equals_stock_by_the_fused_gate`.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,14 @@ from deepspeed.moe.utils import is_moe_param
 from torch import Tensor, nn
 
 from flashfusemoe_ds import MoE
+from flashfusemoe_ds.ds.moe import FusedTopKGate
+from flashfusemoe_ds.kernels import routing
+from flashfusemoe_ds.nn import deepspeed_gating
 from tests.distributed import run_ranks
 from tests.ds.compare import assert_all_near, assert_near
 from tests.ds.experts_zoo import EXPERTS, FUSED
 from tests.ds.stock_grads import stock_grads
+from tests.kernels.test_order import DEVICE
 
 AUX_WEIGHT = 0.3  # large enough that a wrong gradient of the auxiliary loss shows
 
@@ -105,6 +113,13 @@ def test_equals_stock(case: Case) -> None:
     compare(case)
 
 
+@pytest.mark.parametrize("case", _gating_cases(), ids=lambda case: case.name)
+def test_equals_stock_by_the_fused_gate(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_gating, "runs_fused", routing.covers)
+    monkeypatch.setattr(FusedTopKGate, "gating_backend", "triton")
+    compare(case)
+
+
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_parameters_are_what_the_engine_expects(experts: str) -> None:
     moe = Case("", experts=experts, kwargs={"use_residual": True}).build(MoE)
@@ -149,12 +164,12 @@ def test_same_seed_gives_the_same_initial_weights() -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_no_tokens(k: int) -> None:
-    moe = Case("", k=k, kwargs={"min_capacity": 0}).build(MoE)
-    x = torch.randn(0, 16, requires_grad=True)
+    moe = Case("", k=k, kwargs={"min_capacity": 0}).build(MoE).to(DEVICE)
+    x = torch.randn(0, 16, device=DEVICE, requires_grad=True)
     out, _, counts = moe(x)
     out.sum().backward()
     assert out.shape == (0, 16) and x.grad is not None and x.grad.shape == (0, 16)
-    assert torch.equal(counts, torch.zeros(8, dtype=counts.dtype))
+    assert torch.equal(counts.cpu(), torch.zeros(8, dtype=counts.dtype))
     for name, parameter in moe.deepspeed_moe.experts.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
 
@@ -232,7 +247,7 @@ def _in_a_group_of_one(rank: int, world_size: int) -> int:
         if case.name in ("top1_dropless", "top2_sampling_drops", "top4_dropless", "custom_top2", "top2_residual")
     ]
     for case in cases:
-        compare(case, bind_groups=True)
+        compare(case, bind_groups=True, device="cpu")  # gloo's group
     return len(cases)
 
 
@@ -240,25 +255,25 @@ def test_equals_stock_in_a_process_group_of_one() -> None:
     assert run_ranks(1, _in_a_group_of_one) == [5]
 
 
-def compare(case: Case, bind_groups: bool = False) -> None:
+def compare(case: Case, bind_groups: bool = False, device: str = DEVICE) -> None:
     """Two forward and backward passes, so that accumulation into .grad counts as well."""
     torch.manual_seed(11)
-    stock, ours = case.build(StockMoE), case.build(MoE)
+    stock, ours = case.build(StockMoE).to(device), case.build(MoE).to(device)
     if bind_groups:
         stock.set_deepspeed_parallelism()
         ours.set_deepspeed_parallelism()
     _spread(stock)
     ours.load_state_dict(stock.state_dict(), strict=True)
-    again = case.build(StockMoE)
+    again = case.build(StockMoE).to(device)
     again.load_state_dict(ours.state_dict(), strict=True)
     assert_all_near(again.state_dict(), stock.state_dict(), rtol=0.0)
 
     stock.train(case.train)
     ours.train(case.train)
     for step in range(2):
-        x = torch.randn(*(case.batch_shape or (case.num_tokens,)), case.d_model)
+        x = torch.randn(*(case.batch_shape or (case.num_tokens,)), case.d_model, device=device)
         g = torch.randn_like(x)
-        used_token = (torch.rand(case.num_tokens) < 0.7).long() if case.mask_tokens else None
+        used_token = (torch.rand(case.num_tokens, device=device) < 0.7).long() if case.mask_tokens else None
         expected = _forward_backward(stock, x, g, used_token, seed=100 + step)
         actual = _forward_backward(ours, x, g, used_token, seed=100 + step)
         assert _overflows(stock, case) == case.drops, f"the case must{'' if case.drops else ' not'} drop routes"
@@ -289,7 +304,7 @@ def _forward_backward(moe: nn.Module, x: Tensor, g: Tensor, used_token: Tensor |
     x = x.clone().requires_grad_()
     torch.manual_seed(seed)
     out, l_aux, counts = moe(x, used_token)
-    rng = torch.get_rng_state()
+    rng = torch.cuda.get_rng_state() if x.is_cuda else torch.get_rng_state()
     ((out * g).sum() + AUX_WEIGHT * l_aux).backward()
     return {"output": out.detach(), "l_aux": l_aux.detach(), "counts": counts, "rng": rng, "input gradient": x.grad}
 

@@ -20,7 +20,7 @@ def test_draws_are_those_of_torch_distributions() -> None:
     after = torch.get_rng_state()
     torch.manual_seed(0)
     assert torch.equal(jitter(like), uniform)
-    assert torch.equal(gumbel_noise(like), gumbel)
+    assert torch.equal(gumbel_noise(shape, like.device), gumbel)
     assert torch.equal(torch.get_rng_state(), after)
 
 
