@@ -10,7 +10,7 @@ import torch
 from deepspeed.moe.layer import MoE as StockMoE
 from torch import Tensor, nn
 
-from flashfusemoe_ds import MoE, MoELayer
+from flashfusemoe_ds import FlashFuseMoEConfig, MoE, MoELayer
 from flashfusemoe_ds.kernels import reference
 from flashfusemoe_ds.kernels.activation import ACTIVATIONS
 from flashfusemoe_ds.kernels.experts import experts
@@ -75,7 +75,8 @@ def test_rounding_is_no_worse_than_eager(activation: str, dtype: torch.dtype, re
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("drop_tokens", [True, False])
-def test_equals_stock_on_cuda(k: int, drop_tokens: bool) -> None:
+@pytest.mark.parametrize("gating_backend", ["torch", "triton"])
+def test_equals_stock_on_cuda(k: int, drop_tokens: bool, gating_backend: str) -> None:
     torch.manual_seed(0)
     settings = dict(hidden_size=64, num_experts=8, k=k, drop_tokens=drop_tokens, use_residual=True)
     stock = StockMoE(expert=GatedMLP(64, 96), **settings).cuda()
@@ -85,6 +86,7 @@ def test_equals_stock_on_cuda(k: int, drop_tokens: bool) -> None:
             # As initialised, all experts are equal, and the gate's exact gradient is 0: all that is left is noise.
             p.normal_(std=0.1)
     ours.load_state_dict(stock.state_dict())
+    ours.configure(FlashFuseMoEConfig(gating_backend=gating_backend))
     x = torch.randn(4, 100, 64, device="cuda")
     results = []
     for moe in (stock, ours):

@@ -10,8 +10,8 @@ dropped, the assertion T >= min_capacity of top-1, and its TypeError at drop_tok
 of used tokens.
 
 `deepspeed_gating` says it all in PyTorch operators, which autograd differentiates. `gate_and_route` takes the kernels
-of kernels/deepspeed_routing.py instead, if asked to. What is random, and what torch.topk decides
-over the tokens of an expert, is one function for both.
+of kernels/deepspeed_routing.py instead, if asked to. What is random, and what torch.topk decides over the tokens of an
+expert, is one function for both.
 """
 
 from __future__ import annotations
