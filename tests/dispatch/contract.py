@@ -34,21 +34,35 @@ def top_k_and_experts(world: int) -> tuple[tuple[int, int], ...]:
     return (1, world), (2, 8), (8, 8), (3, 4 * world)
 
 
-def tokens_and_routes(case: str, rank: int, world: int, geometry: Geometry) -> tuple[torch.Tensor, ...]:
-    """A rank's rows and weights, both float64, and expert ids; any rank can make any rank's."""
-    g = torch.Generator().manual_seed(100 + rank)
-    num_tokens = {"uneven": 3 + 5 * rank, "a rank without tokens": 0 if rank == world - 1 else 7}
-    rows = {**num_tokens, "no tokens at all": 0}.get(case, 8)
-    scores = torch.rand(rows, geometry.num_experts, generator=g)
+def routes(
+    case: str, rank: int, world: int, top_k: int, num_experts: int, *, seed: int = 100, tokens: int = 8, step: int = 5
+) -> tuple[torch.Tensor, torch.Generator]:
+    """A rank's expert ids [T, K] in one of CASES, and the generator that drew them, for what else the rank has.
+
+    Args:
+        tokens: T where every rank has as many; one fewer where the last has none.
+        step: by how much T grows with the rank in "uneven".
+    """
+    g = torch.Generator().manual_seed(seed + rank)
+    few = {"uneven": 3 + step * rank, "a rank without tokens": 0 if rank == world - 1 else tokens - 1}
+    rows = {**few, "no tokens at all": 0}.get(case, tokens)
+    scores = torch.rand(rows, num_experts, generator=g)
     if case == "all to rank 0":
-        scores[:, geometry.num_experts // world :] -= 1
-    idx = scores.topk(geometry.top_k, dim=1)[1]
+        scores[:, num_experts // world :] -= 1
+    idx = scores.topk(top_k, dim=1)[1]
     if case == "dropped":
-        idx[torch.rand(rows, geometry.top_k, generator=g) < 0.4] = -1
+        idx[torch.rand(rows, top_k, generator=g) < 0.4] = -1
     if case == "all dropped":
         idx[:] = -1
+    return idx, g
+
+
+def tokens_and_routes(case: str, rank: int, world: int, geometry: Geometry) -> tuple[torch.Tensor, ...]:
+    """A rank's rows and weights, both float64, and expert ids; any rank can make any rank's."""
+    idx, g = routes(case, rank, world, geometry.top_k, geometry.num_experts)
+    rows = len(idx)
     x = torch.randn(rows, geometry.hidden_size, generator=g, dtype=torch.float64)
-    return x, torch.rand(rows, geometry.top_k, generator=g, dtype=torch.float64), idx
+    return x, torch.rand(idx.shape, generator=g, dtype=torch.float64), idx
 
 
 def weights(geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:

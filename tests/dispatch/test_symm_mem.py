@@ -27,9 +27,9 @@ from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.grouped_gemm import ReferenceGemm
 from flashfusemoe_ds.kernels.products import TorchProducts
 from flashfusemoe_ds.types import Routing
+from tests.dispatch.contract import CASES, routes
 from tests.distributed import run_ranks
 
-CASES = ("even", "uneven", "a rank without tokens", "no tokens at all", "all to rank 0", "dropped", "all dropped")
 D, F, MAX_TOKENS = 8, 4, 16
 GEOMETRY = Geometry(num_experts=8, hidden_size=D, top_k=2, dtype=torch.float32)
 
@@ -85,17 +85,8 @@ def meet_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens_and_routes(case: str, rank: int, world: int, top_k: int, num_experts: int):
-    g = torch.Generator().manual_seed(100 + rank)
-    tokens = {"uneven": 3 + 5 * rank, "a rank without tokens": 0 if rank == world - 1 else 7, "no tokens at all": 0}
-    rows = tokens.get(case, 8)
-    scores = torch.rand(rows, num_experts, generator=g)
-    if case == "all to rank 0":
-        scores[:, num_experts // world :] -= 1
-    idx = scores.topk(top_k, dim=1)[1]
-    if case == "dropped":
-        idx[torch.rand(rows, top_k, generator=g) < 0.4] = -1
-    if case == "all dropped":
-        idx[:] = -1
+    idx, g = routes(case, rank, world, top_k, num_experts)
+    rows = len(idx)
     return torch.randn(rows, D, generator=g), torch.rand(rows, top_k, generator=g), idx
 
 

@@ -25,11 +25,11 @@ from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.grouped_gemm import ReferenceGemm
 from flashfusemoe_ds.kernels.products import TorchProducts
 from flashfusemoe_ds.types import Routing
+from tests.dispatch.contract import CASES, routes
 from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.gpu
 
-CASES = ("even", "uneven", "a rank without tokens", "no tokens at all", "all to rank 0", "dropped", "all dropped")
 MAX_TOKENS = 512
 
 
@@ -55,21 +55,8 @@ def make(
 def tokens_and_routes(
     case: str, rank: int, world: int, top_k: int, num_experts: int, hidden: int, dtype: torch.dtype, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(1000 * seed + rank)
-    tokens = {
-        "uneven": 3 + 205 * rank,
-        "a rank without tokens": 0 if rank == world - 1 else 200,
-        "no tokens at all": 0,
-    }
-    rows = min(tokens.get(case, 256), MAX_TOKENS)
-    scores = torch.rand(rows, num_experts, generator=g)
-    if case == "all to rank 0":
-        scores[:, num_experts // world :] -= 1
-    idx = scores.topk(top_k, dim=1)[1]
-    if case == "dropped":
-        idx[torch.rand(rows, top_k, generator=g) < 0.4] = -1
-    if case == "all dropped":
-        idx[:] = -1
+    idx, g = routes(case, rank, world, top_k, num_experts, seed=1000 * seed, tokens=256, step=165)
+    rows = len(idx)
     x = torch.randn(rows, hidden, generator=g).to(dtype)
     return x.cuda(), idx.cuda(), torch.rand(rows, top_k, generator=g).cuda()
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flashfusemoe_ds.kernels import triton_peer as kernels
 from flashfusemoe_ds.kernels.triton_peer import Failure, Peers, Slab
+from tests.dispatch.contract import CASES, routes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOM = 2**31 - 1
-CASES = ("even", "uneven", "a rank without tokens", "no tokens at all", "all to rank 0", "dropped", "all dropped")
 
 
 @pytest.fixture(autouse=True)
@@ -107,17 +107,8 @@ def tokens_and_routes(
     case: str, rank: int, world: int, top_k: int, num_experts: int, width: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, D], ids [T, K], weights [T, K] of one rank."""
-    g = torch.Generator().manual_seed(100 + rank)
-    tokens = {"uneven": 3 + 5 * rank, "a rank without tokens": 0 if rank == world - 1 else 7, "no tokens at all": 0}
-    rows = tokens.get(case, 8)
-    scores = torch.rand(rows, num_experts, generator=g)
-    if case == "all to rank 0":
-        scores[:, num_experts // world :] -= 1
-    idx = scores.topk(top_k, dim=1)[1]
-    if case == "dropped":
-        idx[torch.rand(rows, top_k, generator=g) < 0.4] = -1
-    if case == "all dropped":
-        idx[:] = -1
+    idx, g = routes(case, rank, world, top_k, num_experts)
+    rows = len(idx)
     x = torch.randn(rows, width, generator=g).to(dtype)
     return x.to(DEVICE), idx.to(DEVICE), torch.rand(rows, top_k, generator=g).to(DEVICE)
 
