@@ -11,8 +11,8 @@ A program is three partitions of four warps each, and runs one per multiprocesso
 waits for both consumers. The halves drift apart by up to STAGES steps, so one finishes a tile while the other still
 multiplies, and the producer is already loading the next tile for both.
 
-The result is 128 x 256, as two accumulators of 128 columns: the two halves of the columns, or gate and up of the
-same 128 (dW_up: 256 x 128, see `multiply`). A step reads 48 KiB for 2 * 128 * 256 * 64 operations, 85 a byte.
+The result is 128 x 256, a consumer's share 64 x 256 in one accumulator, which leaves `multiply` as two halves of 128
+columns: neighbours, or gate and up of the same 128. A step reads 48 KiB for 2 * 128 * 256 * 64 operations, 85 a byte.
 128 x 128 would be 64 a byte; 9.2 TB/s, the most that L2 was seen to give, would then be a ceiling of 590 TFLOP/s.
 """
 
@@ -44,6 +44,9 @@ GROUP = gl.constexpr(16)  # row tiles that walk the columns together, so that L2
 # Registers per thread. wgmma's accumulators take 128 of a consumer's; the producers need no more than this.
 PRODUCER_REGS = gl.constexpr(64)
 CONSUMER_REGS = gl.constexpr(224)
+
+# Of an accumulator.
+MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 
 # 16-bit operands in 128-byte swizzled rows of 64: what TMA writes and wgmma reads without bank conflicts.
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16))
@@ -121,77 +124,53 @@ def multiply(
     step,
     k_steps,
     HALF: gl.constexpr,
-    NARROW_IS_B: gl.constexpr,
     A_TRANSPOSED: gl.constexpr,
     B_TRANSPOSED: gl.constexpr,
     FENCE: gl.constexpr,
 ):
-    """Sums k_steps stages from ring position `step`. Returns two [64, 128] float32 accumulators and the new position.
+    """Sums k_steps stages from ring position `step`, this consumer's 64 rows by 256 columns. Returns the left and the
+    right 128 columns, [64, 128] float32 each, and the new position.
 
-    The narrow ring has one block of 128 a stage, the wide one two: [STAGES, 128, 64] and [2 * STAGES, 128, 64], or
-    [., 64, 128] for an operand whose rows run along K (A_TRANSPOSED, or not B_TRANSPOSED). Narrow is A and wide B: the
-    tile is 128 x 256, a consumer has 64 rows of it, and its accumulators are the left and the right 128 columns. Or,
-    NARROW_IS_B (for A_TRANSPOSED), the tile is 256 x 128, a consumer has 128 rows of it, 64 in each accumulator.
+    narrow is A, one block of 128 rows a stage, [STAGES, 128, 64], or [STAGES, 64, 128] if A_TRANSPOSED; wide is B, two
+    blocks of 128 columns a stage, [2 * STAGES, 128, 64] if B_TRANSPOSED, else [2 * STAGES, 64, 128]. The two blocks
+    are one operand of wgmma: it reads A once for 256 columns, not twice for 128 each.
     FENCE: cp.async wrote part of a stage, which wgmma must be told.
     """
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    acc0 = gl.zeros((HALF_M, BLOCK_N), gl.float32, LAYOUT)
-    acc1 = gl.zeros((HALF_M, BLOCK_N), gl.float32, LAYOUT)
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
+    if B_TRANSPOSED:
+        pairs = wide._reinterpret(wide.dtype, [STAGES, 2 * BLOCK_N, BLOCK_K], SWIZZLED)
+    else:
+        pairs = wide._reinterpret(wide.dtype, [STAGES, BLOCK_K, 2 * BLOCK_N], SWIZZLED)
+    acc = gl.zeros((HALF_M, 2 * BLOCK_N), gl.float32, ACC)
     for k in range(k_steps):
         s = step % STAGES
         mbarrier.wait(full.index(s), (step // STAGES) & 1)
         if FENCE:
             fence_async_shared()
-        if NARROW_IS_B:
-            a0 = wide.index(2 * s + HALF).slice(0, HALF_M, 1).permute((1, 0))
-            a1 = wide.index(2 * s + HALF).slice(HALF_M, HALF_M, 1).permute((1, 0))
-            b0 = narrow.index(s)
-            b1 = b0
+        if A_TRANSPOSED:
+            a = narrow.index(s).slice(HALF * HALF_M, HALF_M, 1).permute((1, 0))
         else:
-            if A_TRANSPOSED:
-                a0 = narrow.index(s).slice(HALF * HALF_M, HALF_M, 1).permute((1, 0))
-            else:
-                a0 = narrow.index(s).slice(HALF * HALF_M, HALF_M, 0)
-            a1 = a0
-            b0 = wide.index(2 * s)
-            b1 = wide.index(2 * s + 1)
-            if B_TRANSPOSED:
-                b0 = b0.permute((1, 0))
-                b1 = b1.permute((1, 0))
-        acc0 = warpgroup_mma(a0, b0, acc0, is_async=True)
-        acc1 = warpgroup_mma(a1, b1, acc1, is_async=True)
-        # This step's two products may still run; the step before has read its stage.
-        acc0, acc1 = warpgroup_mma_wait(2, deps=(acc0, acc1))
+            a = narrow.index(s).slice(HALF * HALF_M, HALF_M, 0)
+        b = pairs.index(s)
+        if B_TRANSPOSED:
+            b = b.permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        # This step's product may still run; the step before has read its stage.
+        acc = warpgroup_mma_wait(1, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
         step += 1
-    acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
+    acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k_steps > 0)
-    return acc0, acc1, step
+    left, right = column_halves(acc, 2 * BLOCK_N)
+    left = gl.convert_layout(left, MMA, assert_trivial=True)
+    right = gl.convert_layout(right, MMA, assert_trivial=True)
+    return left, right, step
 
 
 @gluon.jit
 def column_halves(x, N: gl.constexpr):
     """[64, N] -> two [64, N / 2], the left and the right columns; no data moves."""
     return gl.split(gl.permute(gl.reshape(x, (HALF_M, 2, N // 2)), (0, 2, 1)))
-
-
-@gluon.jit
-def store_by_tma(out_desc, buffer0, buffer1, acc, row, column, wanted):
-    """Stores [64, 128] at (row, column) through two [64, 64] buffers and returns while the copies run.
-
-    Call tma.store_wait(0) at the end. Columns past the descriptor's width are left out by the copy; rows are not
-    checked, hence `wanted`.
-    """
-    if wanted:  # all of it: store_wait(1) counts on every call having committed both its copies
-        left, right = column_halves(acc, BLOCK_N)
-        tma.store_wait(1)
-        buffer0.store(left.to(buffer0.dtype))
-        fence_async_shared()
-        tma_store(out_desc, [row, column], buffer0)
-        tma.store_wait(1)
-        buffer1.store(right.to(buffer1.dtype))
-        fence_async_shared()
-        tma_store(out_desc, [row, column + BLOCK_N // 2], buffer1)
 
 
 @gluon.jit

@@ -28,7 +28,7 @@ from flashfusemoe_ds.kernels.triton_products import TritonProducts
 _TALL = (BLOCK_M.value, BLOCK_K.value)  # rows along the summed dimension
 _FLAT = (BLOCK_K.value, BLOCK_N.value)  # the summed dimension down the rows
 _HALF = (HALF_M.value, BLOCK_N.value)
-_SMALL = (HALF_M.value, BLOCK_N.value // 2)
+_SMALL = (HALF_M.value, HALF_M.value)
 _TILE_N = 2 * BLOCK_N.value
 
 

@@ -18,6 +18,7 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
     BLOCK_N,
     CONSUMER_REGS,
     HALF_M,
+    MMA,
     PRODUCER_REGS,
     STAGES,
     SWIZZLED,
@@ -38,7 +39,6 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
 # How a consumer reads and writes global memory: 16 bytes a thread, whole rows of 128 or 64 columns.
 WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 SLICE_M = gl.constexpr(16)  # rows and columns of dgated's epilogue at a time
 SLICE_N = gl.constexpr(64)
 
@@ -202,7 +202,7 @@ def consume_rows(
             weight = route_weights(weight_RK, route_N + row, mma_rows, stop)
         expert, start, end, base = read_tile(tiles_M4, t + gl.num_programs(0), num_tiles, column_tiles)
         acc0, acc1, step = multiply(
-            a_ring, b_ring, full, empty, step, gl.cdiv(K, BLOCK_K), HALF, False, False, W_TRANSPOSED, GATHER
+            a_ring, b_ring, full, empty, step, gl.cdiv(K, BLOCK_K), HALF, False, W_TRANSPOSED, GATHER
         )
 
         if PAIRED:
@@ -463,9 +463,7 @@ def consume_dgated(
         weight3 = route_weights(weight_RK, route_N + row, rows + 3 * SLICE_M, stop)
         g, u = load_h(h_tile, ho, F, (rows < stop)[:, None] & (columns < left)[None, :], GATED)
         _, start, end, base = read_tile(tiles_M4, t + gl.num_programs(0), num_tiles, column_tiles)
-        acc0, acc1, step = multiply(
-            a_ring, b_ring, full, empty, step, gl.cdiv(D, BLOCK_K), HALF, False, False, False, True
-        )
+        acc0, acc1, step = multiply(a_ring, b_ring, full, empty, step, gl.cdiv(D, BLOCK_K), HALF, False, False, True)
 
         ds0 = gl.zeros((SLICE_M,), gl.float32, gl.SliceLayout(1, NARROW))
         ds1 = ds0

@@ -13,7 +13,7 @@ tiles cost in proportion to their routes. See hopper_pipeline.py for partitions 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from flashfusemoe_ds.kernels.hopper_pipeline import (
     BLOCK_K,
@@ -21,13 +21,14 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
     HALF_M,
     STAGES,
     SWIZZLED,
+    column_halves,
     cp_async,
     grouped,
     make_barriers,
     multiply,
-    store_by_tma,
     through_shared,
     tma_load,
+    tma_store,
     wait_empty,
 )
 
@@ -35,7 +36,9 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
 PRODUCER_REGS = gl.constexpr(80)
 CONSUMER_REGS = gl.constexpr(216)
 
+# How a consumer writes global memory: 16 bytes a thread, whole rows of 128 or 64 columns.
 WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
 
 @gluon.jit
@@ -119,11 +122,32 @@ def produce(
 
 
 @gluon.jit
-def store_apart(desc, desc2, buffer0, buffer1, acc, expert, row, column, split):
-    """Stores [64, 128] at the expert's row into one of two [e * split, .]: rows from `split` on are the second's."""
-    at = expert * split + row
-    store_by_tma(desc, buffer0, buffer1, acc, at, column, row < split)
-    store_by_tma(desc2, buffer0, buffer1, acc, at - split, column, (row >= split) & (row < 2 * split))
+def store_piece(desc, desc2, buffer, piece, expert, row, column, M, TURNED: gl.constexpr, APART: gl.constexpr):
+    """Stores [64, 64], or its transpose if TURNED, at (row, column) of the expert's matrix, through a buffer of the
+    same size, and returns while the copy runs. Rows from M on are nobody's.
+
+    Two buffers take turns, so the copy before this one may still run when this one's buffer is written.
+    """
+    if APART:
+        rows_each = M // 2
+    else:
+        rows_each = M
+    if row < M:
+        tma.store_wait(1)
+        if TURNED:
+            buffer.permute((1, 0)).store(piece.to(buffer.dtype))
+        else:
+            buffer.store(piece.to(buffer.dtype))
+        fence_async_shared()
+        if APART:
+            if row < rows_each:
+                tma_store(desc, [expert * rows_each + row, column], buffer)
+            else:
+                tma_store(desc2, [(expert - 1) * rows_each + row, column], buffer)
+        else:
+            tma_store(desc, [expert * rows_each + row, column], buffer)
+    else:
+        tma.store_wait(0)  # the turn that this one leaves out
 
 
 @gluon.jit
@@ -150,6 +174,8 @@ def consume(
     """One half of every tile: multiply and store; zeros for an expert without routes."""
     rows = gl.arange(0, HALF_M, gl.SliceLayout(1, WIDE))
     columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, WIDE))
+    turned_rows = gl.arange(0, BLOCK_N, gl.SliceLayout(1, NARROW))
+    turned_columns = gl.arange(0, HALF_M, gl.SliceLayout(0, NARROW))
     step = 0
     tiles_each = m_tiles * n_tiles
     expert, start, end = read_expert(by_size_e3, gl.program_id(0), tiles_each, num_tiles)
@@ -157,38 +183,48 @@ def consume(
         m, n = grouped(t % tiles_each, m_tiles, n_tiles)
         k_steps = gl.cdiv(end - start, BLOCK_K)
         this_expert = expert
-        if GATHER_LEFT:
-            row0 = m * (2 * HALF_M) + HALF * HALF_M
-            row1 = row0
-            col0 = n * (2 * BLOCK_N)
-            col1 = col0 + BLOCK_N
-        else:
-            row0 = m * (4 * HALF_M) + HALF * (2 * HALF_M)
-            row1 = row0 + HALF_M
-            col0 = n * BLOCK_N
-            col1 = col0
         expert, start, end = read_expert(by_size_e3, t + gl.num_programs(0), tiles_each, num_tiles)
-        acc0, acc1, step = multiply(narrow, wide, full, empty, step, k_steps, HALF, not GATHER_LEFT, True, False, True)
-        if APART:
+        acc0, acc1, step = multiply(narrow, wide, full, empty, step, k_steps, HALF, True, False, True)
+        if TMA_STORE:
             buffer0 = buffers.index(2 * HALF)
             buffer1 = buffers.index(2 * HALF + 1)
-            store_apart(out_desc, out2_desc, buffer0, buffer1, acc0, this_expert, row0, col0, M // 2)
-            store_apart(out_desc, out2_desc, buffer0, buffer1, acc1, this_expert, row1, col1, M // 2)
-        elif TMA_STORE:
-            buffer0 = buffers.index(2 * HALF)
-            buffer1 = buffers.index(2 * HALF + 1)
-            store_by_tma(out_desc, buffer0, buffer1, acc0, this_expert * M + row0, col0, row0 < M)
-            store_by_tma(out_desc, buffer0, buffer1, acc1, this_expert * M + row1, col1, row1 < M)
+            p0, p1 = column_halves(acc0, BLOCK_N)
+            p2, p3 = column_halves(acc1, BLOCK_N)
+            if GATHER_LEFT:
+                row = m * (2 * HALF_M) + HALF * HALF_M
+                col = n * (2 * BLOCK_N)
+                store_piece(out_desc, out2_desc, buffer0, p0, this_expert, row, col, M, False, APART)
+                store_piece(out_desc, out2_desc, buffer1, p1, this_expert, row, col + HALF_M, M, False, APART)
+                store_piece(out_desc, out2_desc, buffer0, p2, this_expert, row, col + 2 * HALF_M, M, False, APART)
+                store_piece(out_desc, out2_desc, buffer1, p3, this_expert, row, col + 3 * HALF_M, M, False, APART)
+            else:
+                row = m * (2 * BLOCK_N)
+                col = n * (2 * HALF_M) + HALF * HALF_M
+                store_piece(out_desc, out2_desc, buffer0, p0, this_expert, row, col, M, True, APART)
+                store_piece(out_desc, out2_desc, buffer1, p1, this_expert, row + HALF_M, col, M, True, APART)
+                store_piece(out_desc, out2_desc, buffer0, p2, this_expert, row + 2 * HALF_M, col, M, True, APART)
+                store_piece(out_desc, out2_desc, buffer1, p3, this_expert, row + 3 * HALF_M, col, M, True, APART)
         else:
             matrix = out + this_expert.to(gl.int64) * M * N
-            r = row0 + rows
-            c = col0 + columns
-            p = matrix + r.to(gl.int64)[:, None] * N + c[None, :]
-            gl.store(p, through_shared(buffers.index(HALF), acc0, WIDE), mask=(r < M)[:, None] & (c < N)[None, :])
-            r = row1 + rows
-            c = col1 + columns
-            p = matrix + r.to(gl.int64)[:, None] * N + c[None, :]
-            gl.store(p, through_shared(buffers.index(HALF), acc1, WIDE), mask=(r < M)[:, None] & (c < N)[None, :])
+            buffer = buffers.index(HALF)
+            if GATHER_LEFT:
+                r = m * (2 * HALF_M) + HALF * HALF_M + rows
+                c = n * (2 * BLOCK_N) + columns
+                p = matrix + r.to(gl.int64)[:, None] * N + c[None, :]
+                gl.store(p, through_shared(buffer, acc0, WIDE), mask=(r < M)[:, None] & (c < N)[None, :])
+                c += BLOCK_N
+                gl.store(p + BLOCK_N, through_shared(buffer, acc1, WIDE), mask=(r < M)[:, None] & (c < N)[None, :])
+            else:
+                r = m * (2 * BLOCK_N) + turned_rows
+                c = n * (2 * HALF_M) + HALF * HALF_M + turned_columns
+                p = matrix + r.to(gl.int64)[:, None] * N + c[None, :]
+                turned = buffer._reinterpret(buffer.dtype, [BLOCK_N, HALF_M], SWIZZLED)
+                turned.permute((1, 0)).store(acc0.to(buffer.dtype))
+                gl.store(p, turned.load(NARROW), mask=(r < M)[:, None] & (c < N)[None, :])
+                r += BLOCK_N
+                p += BLOCK_N * N
+                turned.permute((1, 0)).store(acc1.to(buffer.dtype))
+                gl.store(p, turned.load(NARROW), mask=(r < M)[:, None] & (c < N)[None, :])
     if TMA_STORE:
         tma.store_wait(0)
 
