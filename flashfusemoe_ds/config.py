@@ -67,10 +67,10 @@ class FlashFuseMoEConfig(_Section):
     gemm_backend: Literal["triton", "grouped_mm", "reference"] | None = Field(
         None, description="Backend of the experts' matrix products; omitted, the fastest that runs on the operands."
     )
-    gating_backend: Literal["torch", "triton"] = Field(
-        "torch",
-        description="DeepSpeed's gating in `MoE` layers: PyTorch operators, or fused kernels where they take the "
-        "operands on CUDA, a tenth of the operators. The kernels have run in Triton's interpreter, on no GPU yet.",
+    gating_backend: Literal["triton", "torch"] = Field(
+        "triton",
+        description="DeepSpeed's gating in `MoE` layers: fused kernels where they take the operands on CUDA, a tenth "
+        "of the operators, or PyTorch operators everywhere.",
     )
     overlap_dense_grads: bool = Field(
         True,

@@ -47,7 +47,7 @@ from flashfusemoe_ds.types import Dispatched, Routing
 class FusedTopKGate(StockTopKGate):
     """DeepSpeed's gate, returning a `Routing` and l_aux."""
 
-    gating_backend = "torch"
+    gating_backend = "triton"
 
     def forward(self, input: Tensor, used_token: Tensor | None = None) -> tuple[Routing, Tensor]:
         """[T, D] -> routing over all E experts, and the scalar load-balancing loss."""
@@ -234,11 +234,8 @@ class MoE(StockMoE):
     drop_tokens=False needs no agreement on a capacity between ranks; top-1 accepts fewer tokens than min_capacity, and
     a mask of used tokens of any dtype; `use_tutel` is ignored with a note. `named_parameters` lists stacked experts.
 
-    Args:
-        hidden_size, expert, num_experts, ep_size, k, capacity_factor, eval_capacity_factor, min_capacity,
-        use_residual, noisy_gate_policy, drop_tokens, use_rts, use_tutel, enable_expert_tensor_parallelism,
-        top2_2nd_expert_sampling: as in deepspeed.moe.layer.MoE 0.19.8. `expert` may be any module; MLPs that
-        `ds.expert_layout.recognise` can verify are fused.
+    The arguments are those of deepspeed.moe.layer.MoE 0.19.8. `expert` may be any module; MLPs that
+    `ds.expert_layout.recognise` can verify are fused.
 
     Raises:
         ValueError: ep_size does not divide num_experts, k exceeds num_experts, an unknown noisy_gate_policy.

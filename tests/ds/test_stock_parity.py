@@ -116,7 +116,6 @@ def test_equals_stock(case: Case) -> None:
 @pytest.mark.parametrize("case", _gating_cases(), ids=lambda case: case.name)
 def test_equals_stock_by_the_fused_gate(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed_gating, "runs_fused", routing.covers)
-    monkeypatch.setattr(FusedTopKGate, "gating_backend", "triton")
     compare(case)
 
 

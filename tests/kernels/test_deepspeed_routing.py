@@ -195,15 +195,15 @@ def test_many_tiles_in_few_programs(k: int, monkeypatch: pytest.MonkeyPatch) -> 
         assert_same(fused(logits, gating), stock(logits, gating), tolerance=2e-6)
 
 
-@pytest.mark.parametrize(("experts", "limit"), [(5, 1), (5, 25), (600, 12), (600, 35)])
-def test_first_come_first_served(experts: int, limit: int) -> None:
+@pytest.mark.parametrize(("tokens", "experts", "limit"), [(120, 5, 1), (120, 5, 25), (40, 600, 4), (40, 600, 12)])
+def test_first_come_first_served(tokens: int, experts: int, limit: int) -> None:
     """Said once more in Python, without a sum over tokens. With many experts, each token is a program's only one."""
-    logits = make_logits(120, experts)
+    logits = make_logits(tokens, experts)
     logits[:, :5] += 6.0
     gating = make_gating(2, drop_tokens=True, capacity_factor=0.0, min_capacity=limit)
     chosen, actual = fused(logits, make_gating(2)), fused(logits, gating)
     left = dict.fromkeys(range(experts), limit)
-    expected = torch.full((120, 2), -1)
+    expected = torch.full((tokens, 2), -1)
     for rank in (0, 1):
         for token, expert in enumerate(chosen.idx[:, rank].tolist()):
             if left[expert]:
@@ -211,7 +211,7 @@ def test_first_come_first_served(experts: int, limit: int) -> None:
                 expected[token, rank] = expert
     assert torch.equal(actual.idx.cpu(), expected)
     assert torch.equal(actual.weight == 0, actual.idx < 0)
-    assert (expected < 0).any() and bool((expected[:, 1] >= 0).any()) == (limit >= 25)
+    assert (expected < 0).any() and bool((expected[:, 1] >= 0).any()) == (limit > tokens // 5)
 
 
 @pytest.mark.parametrize("name", ["top2 drops", "top3 drops"])
@@ -327,7 +327,7 @@ def test_equal_inputs_give_equal_bits(name: str) -> None:
 
 
 def test_the_layer_takes_this_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where asked to, on CUDA; here the question of the device is answered for it. And takes the twin for what is not
+    """On CUDA unless told not to; here the question of the device is answered for it. And takes the twin for what is not
     covered."""
     monkeypatch.setattr(gating_module, "runs_fused", routing.covers)
     calls: list[int] = []
@@ -338,9 +338,12 @@ def test_the_layer_takes_this_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = deepspeed_routing.route
     monkeypatch.setattr(deepspeed_routing, "route", note)
-    asked = FlashFuseMoEConfig.from_section({"gating_backend": "triton"})
+    asked, refused = (FlashFuseMoEConfig.from_section({"gating_backend": name}) for name in ("triton", "torch"))
     for k in (1, 2, 4):
         moe = MoE(16, GatedMLP(16, 24), 8, k=k).to(DEVICE)
+        moe(torch.randn(20, 16, device=DEVICE))
+        assert calls.pop() == k
+        moe.configure(refused)
         moe(torch.randn(20, 16, device=DEVICE))
         assert calls == []
         moe.configure(asked)
