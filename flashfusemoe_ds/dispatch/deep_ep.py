@@ -205,10 +205,12 @@ class _Buffer1:
     @classmethod
     def refusal(cls, module: ModuleType, ep_size: int, geometry: Geometry, settings: DeepEPConfig) -> str | None:
         hidden, local = geometry.hidden_size, geometry.num_experts // ep_size
-        if ep_size <= 8 and (hidden % 16 or hidden > 8176):
-            return f"hidden size {hidden}: DeepEP 1.x takes multiples of 16 up to 8176 within a host"
-        if ep_size > 8 and hidden % 256:
-            return f"hidden size {hidden}: DeepEP 1.x takes multiples of 256 between hosts"
+        # Within a host it asserts multiples of 16 alone. But its combine has lanes without a 16-byte piece pass by the
+        # warp's barriers (read in 1.2.1's source), and a model of hidden size 128 got NaN gradients (two H200s).
+        if hidden % 256:
+            return f"hidden size {hidden}: DeepEP 1.x takes multiples of 256"
+        if ep_size <= 8 and hidden > 8176:
+            return f"hidden size {hidden}: DeepEP 1.x takes up to 8176 within a host"
         if ep_size <= 8 and local > 128:
             return f"{local} experts per rank: DeepEP 1.x takes up to 128 within a host"
         try:
@@ -233,15 +235,23 @@ class _Buffer2:
         self.ep_size = torch.distributed.get_world_size(group)
         self.num_local_experts = geometry.num_experts // self.ep_size
         self.max_tokens, self.num_sms = settings.max_tokens_per_rank, settings.num_sms
-        self.buffer = module.ElasticBuffer(
-            group,
-            num_max_tokens_per_rank=self.max_tokens,
-            hidden=geometry.hidden_size,
-            num_topk=geometry.top_k,
-            deterministic=True,
-            explicitly_destroy=True,
-            **_timeouts(group),
-        )
+        try:
+            self.buffer = module.ElasticBuffer(
+                group,
+                num_max_tokens_per_rank=self.max_tokens,
+                hidden=geometry.hidden_size,
+                num_topk=geometry.top_k,
+                deterministic=True,
+                explicitly_destroy=True,
+                **_timeouts(group),
+            )
+        except RuntimeError as error:
+            if "GIN is unavailable" not in str(error):  # a property of the communicator: all ranks are told alike
+                raise
+            raise ValueError(
+                "ep_backend deep_ep: NCCL has no GIN here, with which DeepEP 2.x reaches other hosts by RDMA; if all "
+                "ranks are on one host, start them with EP_DISABLE_GIN=1 in their environment"
+            ) from error
 
     def dispatch(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> _Sent:
         num_tokens = x_TD.shape[0]

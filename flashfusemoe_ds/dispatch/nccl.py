@@ -142,7 +142,7 @@ class NcclDispatcher:
             self._counts_stream = torch.cuda.Stream(counts_2P2.device, priority=-1)
         with torch.cuda.stream(self._counts_stream):
             work.wait()
-            on_host = torch.empty(counts_2P2.shape, dtype=counts_2P2.dtype, pin_memory=True)
+            on_host = torch.empty(counts_2P2.shape, dtype=counts_2P2.dtype, device="cpu", pin_memory=True)
             on_host.copy_(counts_2P2, non_blocking=True)
             return on_host, self._counts_stream.record_event()
 

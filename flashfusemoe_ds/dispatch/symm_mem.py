@@ -79,6 +79,23 @@ def geometry_refusal(ep_size: int, geometry: Geometry, settings: SymmMemConfig) 
     return None
 
 
+def slab_of(ep_size: int, geometry: Geometry, settings: SymmMemConfig) -> Slab:
+    """The memory that each rank shares. Needs triton, but no GPU."""
+    from flashfusemoe_ds.kernels.triton_peer import Slab
+
+    row_bytes = geometry.hidden_size * geometry.dtype.itemsize
+    return Slab(ep_size, settings.max_tokens_per_rank, geometry.top_k, row_bytes)
+
+
+def room(ep_size: int, num_local_experts: int, top_k: int, settings: SymmMemConfig) -> tuple[int, int]:
+    """Rows and routes that one rank's buffers hold where the host does not ask how many there are."""
+    rows = ep_size * settings.max_tokens_per_rank
+    routes = rows * min(top_k, num_local_experts)
+    if settings.capacity_factor is not None:
+        routes = min(routes, math.ceil(settings.capacity_factor * settings.max_tokens_per_rank * top_k))
+    return min(rows, routes), routes
+
+
 @dataclass(frozen=True)
 class Exchange:
     """One dispatch's routes, all on the device. See kernels/triton_peer.py for the tensors.
@@ -114,16 +131,11 @@ class SymmMemDispatcher:
         self.global_ranks = torch.distributed.get_process_group_ranks(group)
         self._check_everybody(group, geometry, settings)
 
-        from flashfusemoe_ds.kernels.triton_peer import Peers, Slab  # here triton is known to be installed
+        from flashfusemoe_ds.kernels.triton_peer import Peers  # here triton is known to be installed
 
         self.settings, self.top_k = settings, geometry.top_k
         self.num_local_experts = geometry.num_experts // self.ep_size
-        slab = Slab(
-            self.ep_size,
-            settings.max_tokens_per_rank,
-            geometry.top_k,
-            geometry.hidden_size * geometry.dtype.itemsize,
-        )
+        slab = slab_of(self.ep_size, geometry, settings)
         device = torch.device("cuda", torch.cuda.current_device())
         self._memory, addresses = _share(slab, group, device)
         self.timeout_s = _timeout_s(group, device)
@@ -133,7 +145,7 @@ class SymmMemDispatcher:
             slab=slab,
             addresses_P=torch.tensor(addresses, dtype=torch.int64, device=device),
             state=torch.zeros(3, dtype=torch.int64, device=device),
-            failure=torch.zeros(1, dtype=torch.int64, pin_memory=True),
+            failure=torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=True),
             num_programs=settings.num_sms,
             timeout_ns=int(self.timeout_s * 1e9),
             stream=self._stream,
@@ -246,12 +258,7 @@ class SymmMemDispatcher:
 
     def _room(self) -> tuple[int, int]:
         """Rows and routes that buffers are sized for without asking the device."""
-        rows = self.ep_size * self.settings.max_tokens_per_rank
-        routes = rows * min(self.top_k, self.num_local_experts)
-        if self.settings.capacity_factor is not None:
-            wanted = self.settings.capacity_factor * self.settings.max_tokens_per_rank * self.top_k
-            routes = min(routes, math.ceil(wanted))
-        return min(rows, routes), routes
+        return room(self.ep_size, self.num_local_experts, self.top_k, self.settings)
 
     def _check_rows(self, operation: str, rows: Tensor, num_tokens: int | None = None) -> None:
         """Raises what the host can see; the other ranks, which are on their way into the exchange, get to know."""
@@ -296,7 +303,7 @@ class SymmMemDispatcher:
         return Pending(arrived)
 
     def _start_to_host(self, values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        on_host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         arrived = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
             on_host.copy_(values, non_blocking=True)

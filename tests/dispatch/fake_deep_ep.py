@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -189,12 +190,17 @@ def goes(idx_TK: Tensor, num_ranks: int, num_local: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rules:
-    """What rows and weights must be. Tests against the dense layer in float64 widen them."""
+    """What rows and weights must be. Tests against the dense layer in float64 widen them.
+
+    Attributes:
+        gin: whether NCCL finds what it needs for GPUs to start network transfers; a host without RDMA has none.
+    """
 
     rows: tuple[torch.dtype, ...] = (torch.bfloat16,)
     weights: tuple[torch.dtype, ...] = (torch.float32,)
     any_hidden: bool = False
     topk_idx: torch.dtype = torch.int64
+    gin: bool = True
 
 
 WIDE = Rules(rows=(torch.bfloat16, torch.float64), weights=(torch.float32, torch.float64), any_hidden=True)
@@ -365,6 +371,8 @@ class ElasticBuffer:
     def __init__(self, given: SimpleNamespace) -> None:
         self.group, self.num_ranks = given.group, given.group.size()
         assert given.num_bytes is None and given.num_max_tokens_per_rank > 0 and given.hidden > 0
+        if not self.rules.gin and os.environ.get("EP_DISABLE_GIN", "0") == "0":
+            raise RuntimeError("Assertion exception (csrc/kernels/backend/nccl.cu:87): NCCL GIN is unavailable.")
         capacities: list[Any] = [None] * self.num_ranks
         mine = given.num_max_tokens_per_rank, given.hidden, given.num_topk
         dist.all_gather_object(capacities, mine, group=self.group)

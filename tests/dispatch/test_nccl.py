@@ -303,6 +303,36 @@ def test_a_dead_rank_is_named_at_once(operation: str) -> None:
     assert time.monotonic() - start < 60  # not the timeout
 
 
+def late_over_nccl(rank: int, world: int) -> tuple[str, float]:
+    """What rank 0 is told, and when, as rank 1 stays away after one exchange together."""
+    group = dist.new_group(list(range(world)), timeout=timedelta(seconds=10))
+    dispatcher = NcclDispatcher(group, 4)
+    dispatcher.layer = "model.layers.3.mlp"
+    device = torch.device("cuda", rank)
+    idx = torch.tensor([[0, 3], [2, 1], [2, 3]], device=device)
+    weight, x = torch.rand(3, 2, device=device), torch.rand(3, 8, device=device)
+    dispatcher.start_dispatch(x, idx, weight).wait()
+    torch.cuda.synchronize()
+    if rank == 1:
+        time.sleep(20)
+        return "", 0.0
+    start = time.monotonic()
+    try:
+        dispatcher.start_dispatch(x, idx, weight).wait()
+    except RuntimeError as error:
+        return str(error), time.monotonic() - start
+    return "nothing", time.monotonic() - start
+
+
+@pytest.mark.gpu
+def test_a_late_rank_is_named_over_nccl() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    (message, seconds), _ = run_ranks(2, late_over_nccl, accelerator="cuda", timeout=90)
+    assert re.match(f"ep_backend nccl: exchange of counts of layer model.layers.3.mlp {WHO}", message), message
+    assert 8 < seconds < 10  # before NCCL's watchdog, which would end the process
+
+
 def patience(rank: int, world: int) -> list[float | None]:
     groups = [dist.new_group(timeout=timedelta(seconds=s), backend="gloo") for s in (10, 600)]
     dist.barrier()  # a rank that leaves at once closes sockets that another is still connecting

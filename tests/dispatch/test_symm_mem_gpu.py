@@ -49,7 +49,8 @@ def make(
     **settings: Any,
 ) -> SymmMemDispatcher:
     settings = SymmMemConfig(**{"max_tokens_per_rank": MAX_TOKENS, **settings})
-    return SymmMemDispatcher(group or dist.group.WORLD, Geometry(num_experts, hidden, top_k, dtype), settings)
+    with torch.device("cuda"):  # as where a model is built on the GPU: what must be on the host says so itself
+        return SymmMemDispatcher(group or dist.group.WORLD, Geometry(num_experts, hidden, top_k, dtype), settings)
 
 
 def tokens_and_routes(
