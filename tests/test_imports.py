@@ -18,12 +18,16 @@ LEVELS = {
     "kernels": 1,
     "dispatch": 2,
     "nn": 3,
+    "planning": 3,
     "ds": 4,
     "hf": 4,
+    "plan_trace": 4,
     "report": 5,
     "convert_checkpoint": 5,
     "plot_load": 5,
-    "__init__": 6,
+    "plan_model": 5,
+    "plan": 6,
+    "__init__": 7,
 }
 # Third parties that may appear only in some places.
 ONLY_IN = {

@@ -16,6 +16,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
     """A context in which autocast casts nothing. A backward may be called inside autocast, a forward often is."""
     # While a graph is traced, always: a backward is looked at in its forward's context, but runs outside of it.
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
+    # The meta device, on which `plan` runs models, has no autocast, and raises when it is asked for.
+    if torch.compiler.is_compiling() or (device_type != "meta" and torch.is_autocast_enabled(device_type)):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()  # 10 us cheaper, four times a step

@@ -1,0 +1,542 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Plans against what they are about: the layer's saved tensors, DeepSpeed's optimizer, the transport's messages."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flashfusemoe_ds import MoELayer, plan, planning
+from flashfusemoe_ds.config import FlashFuseMoEConfig
+from flashfusemoe_ds.kernels.activation import get_activation
+from flashfusemoe_ds.kernels.experts import experts
+from flashfusemoe_ds.kernels.select import select_products
+from flashfusemoe_ds.plan_model import from_shape, from_transformers
+from flashfusemoe_ds.plan_trace import GradientRule, Ledger, trace
+from flashfusemoe_ds.planning import MoEShape, Optimizer, expected_load
+from tests.distributed import run_ranks
+
+ROOT = Path(__file__).parent.parent
+MIB = 2**20
+ADAM = {"type": "AdamW", "params": {"torch_adam": True}}
+
+
+# --- one layer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_experts", "ep_size", "top_k"), [(6, 3, 2), (8, 2, 3), (8, 4, 8), (4, 4, 1)])
+def test_hit_rate_counts_every_choice(num_experts: int, ep_size: int, top_k: int) -> None:
+    mine = set(range(num_experts // ep_size))
+    choices = list(itertools.combinations(range(num_experts), top_k))
+    hits = sum(bool(mine & set(choice)) for choice in choices)
+    assert planning.hit_rate(num_experts, ep_size, top_k) == pytest.approx(hits / len(choices), abs=1e-12)
+
+
+def test_skew_makes_rows_until_every_token_comes() -> None:
+    shape = MoEShape(64, 32, 64, num_experts=8, top_k=2)
+    loads = [expected_load(shape, 100, 4, skew) for skew in (1.0, 1.5, 100.0)]
+    assert [load.routes for load in loads] == [200, 300, 800]
+    assert loads[0].rows == 186 and loads[1].rows == 279  # 400 tokens, 13 of 28 pairs of experts
+    assert loads[2].rows == 400 and loads[2].received == 300
+    assert {load.sent for load in loads} == {186}
+
+
+# T, D, F, E, K, and MiB kept and at most allocated by MoELayer on an H200: docs/kernels.md, "The layer".
+MEASURED = {
+    "seed": ((8192, 1024, 2048, 8, 2), 145, 289),
+    "qwen3": ((16384, 2048, 768, 128, 8), 459, 1486),
+    "mixtral": ((8192, 4096, 14336, 8, 2), 961, 3268),
+    "dsv3": ((8192, 7168, 2048, 256, 8), 634, 21999),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_layer_on_an_h200(name: str) -> None:
+    (T, D, F, E, K), kept_mib, peak_mib = MEASURED[name]
+    row = next(line for line in (ROOT / "docs" / "kernels.md").read_text().splitlines()
+               if line.startswith(f"| {name}, floor") and "**ours**" in line)  # fmt: skip
+    assert [int(cell) for cell in row.split("|")[6:8]] == [kept_mib, peak_mib]
+    shape = MoEShape(D, F, 2 * F, E, K)
+    load = expected_load(shape, T, 1)
+    kept = sum(planning.kept_bytes(shape, load, 2).values()) + planning.router_bytes(T, E, K)
+    phases = [phase.bytes for phase in planning.backward_phases(shape, load, 2)]
+    more = max(planning.forward_bytes(shape, load, 2), *phases)
+    row = f"| {name} | {kept / MIB:.1f} | {kept_mib} | {(kept + more) / MIB:.1f} | {peak_mib} |"
+    assert row in (ROOT / "docs" / "planning.md").read_text()
+    assert kept / MIB == pytest.approx(kept_mib, abs=0.5)
+    assert (kept + more) / MIB == pytest.approx(peak_mib, rel=2e-3)
+
+
+def saved_bytes(run: Callable[[], Tensor], leaves: list[Tensor]) -> int:
+    """Of what autograd keeps, once per storage, without the leaves."""
+    seen = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run()
+    assert out.requires_grad
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("name", "width"), [("swiglu", 2), ("gelu", 1)])
+def test_kept_bytes_are_what_autograd_keeps(name: str, width: int, recompute: bool) -> None:
+    T, D, F, E, K = 300, 32, 24, 4, 2
+    shape = MoEShape(D, F, width * F, E, K)
+    x, up, down = (torch.randn(*s, requires_grad=True) for s in ((T, D), (E, width * F, D), (E, D, F)))
+    weight, idx = torch.rand(T, K, requires_grad=True), torch.rand(T, E).topk(K, dim=1)[1]
+    products = select_products("reference", x, (D, F, width * F), E)
+    kept = saved_bytes(
+        lambda: experts(x, idx, weight, up, down, get_activation(name), products, recompute=recompute), [up, down]
+    )
+    assert kept == sum(planning.kept_bytes(shape, expected_load(shape, T, 1), 4, recompute).values())
+
+
+def test_transports_that_layers_share_count_once() -> None:
+    pytest.importorskip("triton")
+    from flashfusemoe_ds.kernels.triton_peer import Slab
+
+    section = FlashFuseMoEConfig.from_section({"symm_mem": {"max_tokens_per_rank": 100}})
+    one, other = MoEShape(64, 32, 64, 8, 2), MoEShape(128, 32, 64, 8, 2)
+    size = [Slab(4, 100, 2, width * 2).num_bytes for width in (64, 128)]
+    of = planning.transport_bytes
+    assert of("symm_mem", [one, one], 4, torch.bfloat16, section) == size[0]
+    assert of("symm_mem", [one, other, one], 4, torch.bfloat16, section) == sum(size)
+    assert of("symm_mem", [one], 1, torch.bfloat16, section) == of("nccl", [one], 4, torch.bfloat16, section) == 0
+
+
+# --- a whole model --------------------------------------------------------------------------------------------------
+
+
+COMMON = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "bos_token_id": 0,
+          "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": 2, "eos_token_id": 0}  # fmt: skip
+MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+MODELS = {
+    "Mixtral": {"num_local_experts": 8, "output_router_logits": True},
+    "Qwen2Moe": {"num_experts": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    "Qwen3Moe": {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 8, "num_key_value_heads": 2},
+    "Olmoe": {"num_experts": 8},
+    "GptOss": {"num_local_experts": 8, "head_dim": 8},
+    "DeepseekV3": {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 4,
+                   "topk_group": 2, "moe_intermediate_size": 24, **MLA},
+}  # fmt: skip
+
+
+def build(name: str) -> Any:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **MODELS[name]})
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a model's config, returns its folder."""
+    pytest.importorskip("transformers")
+
+    def write(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        build(name).config.save_pretrained(folder)
+        return folder
+
+    return write
+
+
+ALONE = GradientRule(0, ranks=lambda p: 1, owned=lambda p: True, bucket_numel=1, staging=0)
+
+
+def no_room(shape: MoEShape) -> None:
+    return None
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss"])
+def test_what_a_model_keeps_is_what_it_keeps_when_run(name: str, configs: Callable[[str], Path]) -> None:
+    """The same counting of a forward on the CPU, with our experts in it. Blocks of 512 bytes are the tolerance."""
+    from flashfusemoe_ds.hf.experts import register_experts_implementation
+
+    register_experts_implementation()
+    model = build(name).train()
+    model.set_experts_implementation("flashfusemoe")
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    ledger = Ledger([*model.parameters(), *model.buffers(), ids])
+    with ledger:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    really = ledger.live
+    assert loss.requires_grad
+
+    subject = from_transformers(configs(name), torch.float32, 2, 64, checkpointing=False, autoep=False)
+    assert sum(p.numel() for p in model.parameters()) == _numel(subject)
+    planned = trace(subject.model, subject.loss, ALONE, accumulate=False,
+                    inputs=subject.inputs)  # fmt: skip
+    assert planned.kept == pytest.approx(really, rel=3e-3)
+
+
+def _numel(subject: Any, ep_size: int = 1) -> int:
+    subject.configure(ep_size, 1.0, no_room, torch.float32, False, True)
+    return sum(p.numel() for p in subject.model.parameters())
+
+
+def test_deepseeks_parameters_and_checkpointing(configs: Callable[[str], Path]) -> None:
+    subject = from_transformers(configs("DeepseekV3"), torch.float32, 2, 64, checkpointing=False, autoep=True)
+    whole = sum(p.numel() for p in build("DeepseekV3").parameters())
+    assert _numel(subject) == whole
+    routed = sum(p.numel() for p in subject.expert_params())
+    assert _numel(subject, 4) == whole - routed * 3 // 4
+    kept = []
+    for checkpointing in (False, True):
+        subject = from_transformers(configs("DeepseekV3"), torch.float32, 2, 64, checkpointing, autoep=True)
+        _numel(subject)
+        kept.append(trace(subject.model, subject.loss, ALONE, accumulate=False,
+                          inputs=subject.inputs).kept)  # fmt: skip
+    assert kept[1] < 0.3 * kept[0]
+
+
+def test_the_peak_follows_the_phases() -> None:
+    """One layer: the trace's peak is what was kept, X aside, and the largest phase, plus what autograd adds."""
+    shape = MoEShape(64, 512, 1024, num_experts=4, top_k=2)
+    subject = from_shape(shape, 2000, 1, torch.bfloat16)
+    (load,) = subject.configure(1, 1.0, no_room, torch.bfloat16, False, True)
+    found = trace(subject.model, subject.loss, ALONE, accumulate=False,
+                  inputs=subject.inputs)  # fmt: skip
+    kept = planning.kept_bytes(shape, load, 2)
+    held = sum(kept.values()) - kept["X"] + planning.router_bytes(2000, 4, 2)
+    most = max(phase.bytes for phase in planning.backward_phases(shape, load, 2))
+    assert found.kept == pytest.approx(held, rel=5e-3)
+    # Beside them, the gradient of the sum's input: [T, D].
+    assert held + most <= found.peak <= held + most + 3 * 2000 * 64 * 2
+
+
+# --- across ranks, with DeepSpeed -----------------------------------------------------------------------------------
+
+
+class _Counting(types.ModuleType):
+    """torch.distributed, with what all-to-alls send to other ranks counted."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__("counting")
+        self.rank, self.sent = rank, 0
+
+    def get_world_size(self, group: Any = None) -> int:
+        return torch.distributed.get_world_size(group)
+
+    def all_to_all_single(self, out: Tensor, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts = kwargs.get("input_split_sizes")
+        if counts is not None:
+            others = sum(counts) - counts[self.rank]
+            self.sent += others * rows[:1].numel() * rows.element_size() if others else 0
+        return torch.distributed.all_to_all_single(out, rows, *args, **kwargs)
+
+
+def _exchange(rank: int, world: int) -> dict[str, Any]:
+    """A forward and backward of one layer's experts at ep_size 2: bytes sent and kept, rows and routes."""
+    from flashfusemoe_ds.dispatch.nccl import NcclDispatcher
+    from flashfusemoe_ds.nn.experts import GroupedExperts
+    from flashfusemoe_ds.nn.parallel_experts import through_experts
+    from flashfusemoe_ds.types import Routing
+
+    T, D, F, E, K = 4000, 16, 24, 8, 2
+    generator = torch.Generator().manual_seed(rank)
+    idx = torch.rand(T, E, generator=generator).topk(K, dim=1)[1]
+    weight = torch.rand(T, K, generator=generator).requires_grad_()
+    x = torch.randn(T, D, generator=generator).requires_grad_()
+    module = GroupedExperts(E // world, D, F, "swiglu")
+    comm = _Counting(rank)
+    transport = NcclDispatcher(torch.distributed.group.WORLD, E, comm)
+    box: list[Tensor] = []
+
+    def run() -> Tensor:
+        box.append(through_experts(x, Routing(idx, weight, idx.new_empty(0)), module, transport)[0])
+        return box[0]
+
+    kept = saved_bytes(run, list(module.parameters()))
+    box[0].sum().backward()
+    owner = idx // (E // world)
+    sent = int(sum((owner == p).any(1).sum() for p in range(world) if p != rank))
+    return {
+        "kept": kept,
+        "sent_bytes": comm.sent,
+        "sent_rows": sent,
+        "routes_to": [int((owner == p).sum()) for p in range(world)],
+        "rows_to": [int((owner == p).any(1).sum()) for p in range(world)],
+    }
+
+
+def _states(rank: int, world: int) -> dict[Any, dict[str, int]]:
+    """Bytes of real engines: parameters, float32 copies and optimizer states; in the second step, gradients after the
+    backward, and the most that the optimizer's step allocates, gradients included."""
+    import flashfusemoe_ds as ffmoe
+    from tests.ds import tiny
+
+    found = {}
+    for key in ENGINES:
+        ep_size, stage, bf16, kind = key
+        torch.manual_seed(0)
+        ds_config = tiny.config(stage, accumulation=1, bf16={"enabled": bf16})
+        ds_config["optimizer"]["params"][kind] = True
+        engine = tiny.start(ffmoe.initialize, tiny.TinyModel(ffmoe.MoE, ep_size), ds_config)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        batch = [t.to(dtype) for t in tiny.batch(rank, 0, 0)]
+        engine.backward(engine(*batch))
+        engine.step()
+        gc.collect()
+        with Ledger([t for t in gc.get_objects() if isinstance(t, Tensor)], block=1) as ledger:
+            engine.backward(engine(*batch))
+            grads = ledger.peak = ledger.live
+            engine.step()
+        optimizer = engine.optimizer
+        states = getattr(optimizer, "optimizer", optimizer).state.values()
+        held, master = engine.module.parameters(), itertools.chain(*getattr(optimizer, "fp32_groups", []))
+        if stage:
+            held, master = optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups
+        found[key] = {
+            "parameters": _sizes(held),
+            "master": _sizes(master),
+            "moments": _sizes(value for state in states for name, value in state.items() if name != "step"),
+            "gradients": grads,
+            "step": ledger.peak,
+        }
+        engine.destroy()
+    return found
+
+
+def _sizes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+ENGINES = [(2, 0, False, "foreach"), (1, 0, True, "fused"), (2, 1, True, "foreach"), (1, 2, True, "fused"),
+           (2, 2, False, "fused")]  # fmt: skip
+
+
+def _plan_check(rank: int, world: int) -> str:
+    import contextlib
+    import io
+
+    sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+    import plan_check
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        plan_check.main(["--size", "toy", "--layers", "1", "--ep_size", "2", "--stage", "1"])
+    return text.getvalue()
+
+
+def _on_two_ranks(rank: int, world: int) -> tuple[dict[str, Any], dict[Any, Any], str]:
+    return _exchange(rank, world), _states(rank, world), _plan_check(rank, world)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[tuple[dict[str, Any], dict[Any, Any], str]]:
+    return run_ranks(2, _on_two_ranks)
+
+
+def test_wire_bytes_are_what_the_transport_sends(two_ranks: list[Any]) -> None:
+    shape = MoEShape(16, 24, 48, num_experts=8, top_k=2)
+    exchanges = [rank[0] for rank in two_ranks]
+    for rank, seen in enumerate(exchanges):
+        back = exchanges[1 - rank]["sent_rows"]  # rows go out with dispatch, those of the other rank with combine
+        out, home = (planning.exchange_bytes(shape, rows, 4) for rows in (seen["sent_rows"], back))
+        assert seen["sent_bytes"] == out.dispatch + out.redispatch + home.combine + home.combine_grads
+    load = expected_load(shape, 4000, 2)
+    for rank in range(2):
+        rows = sum(seen["rows_to"][rank] for seen in exchanges)
+        assert rows == pytest.approx(load.rows, rel=0.02)
+        assert exchanges[rank]["sent_rows"] == pytest.approx(load.received, rel=0.02)
+
+
+def test_kept_bytes_of_an_exchange(two_ranks: list[Any]) -> None:
+    shape = MoEShape(16, 24, 48, num_experts=8, top_k=2)
+    for rank, (seen, _, _) in enumerate(two_ranks):
+        rows = sum(other["rows_to"][rank] for other, _, _ in two_ranks)
+        routes = sum(other["routes_to"][rank] for other, _, _ in two_ranks)
+        load = planning.Load(4000, 2, 4, rows, routes, received=0, sent=0)
+        kept = planning.kept_bytes(shape, load, 4)
+        # The slots are the transport's, which autograd does not see.
+        assert seen["kept"] == sum(kept.values()) - kept["slots"]
+        assert kept["slots"] == 4 * 4000 * 2
+
+
+@pytest.mark.parametrize(("ep_size", "stage", "bf16", "kind"), ENGINES)
+def test_states_are_a_real_engines(two_ranks: list[Any], ep_size: int, stage: int, bf16: bool, kind: str) -> None:
+    from deepspeed.moe.utils import is_moe_param
+
+    import flashfusemoe_ds as ffmoe
+    from tests.ds import tiny
+
+    model = tiny.TinyModel(ffmoe.MoE, ep_size)
+    sizes = [[p.numel() for p in model.parameters() if is_moe_param(p) is moe] for moe in (False, True)]
+    groups = planning.param_groups(*sizes, world=2, ep_size=ep_size)
+    itemsize, optimizer = 2 if bf16 else 4, Optimizer("adamw", 8, foreach=kind == "foreach")
+    planned = planning.state_bytes(groups, stage, itemsize, optimizer)
+    of_ranks = [rank[1][ep_size, stage, bf16, kind] for rank in two_ranks]
+    for found in of_ranks:
+        assert (found["parameters"], found["master"], found["moments"]) == (
+            planned.parameters, planned.master, planned.moments
+        )  # fmt: skip
+    # Beside the gradients lie an input's, a loss, numbers of routes: up to a kilobyte.
+    step = planning.step_bytes(groups, stage, itemsize, optimizer)
+    assert step <= max(found["step"] for found in of_ranks) <= step + 1024
+    if stage != 1:  # there, those of other ranks are gone by the end of the backward
+        busiest = sum(group.held for group in groups) * itemsize if stage else planned.gradients
+        assert min(found["gradients"] for found in of_ranks) <= busiest + 1024
+        assert busiest <= max(found["gradients"] for found in of_ranks)
+
+
+def test_plan_check_runs_at_toy_size(two_ranks: list[Any]) -> None:
+    text, nothing = (rank[2] for rank in two_ranks)
+    assert nothing == ""
+    assert text.count("| EP 2, ZeRO 1 |") == 4 and text.count("not here") == 3 and "| exchange per step" in text
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def write(tmp_path: Path, **config: Any) -> Path:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"optimizer": ADAM, "train_micro_batch_size_per_gpu": 2, **config}))
+    return path
+
+
+def command(tmp_path: Path, *words: str, **config: Any) -> list[dict[str, Any]]:
+    args = plan.parse_args(["--config", str(write(tmp_path, **config)), "--json", *words])
+    return json.loads(plan.run(args))
+
+
+def build_stock() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A factory for --model: stock DeepSpeed layers."""
+    from deepspeed.moe.layer import MoE
+
+    from tests.ds import tiny
+
+    return tiny.TinyModel(MoE, ep_size=1), {"x": torch.empty(48, tiny.D_IN), "target": torch.empty(48, tiny.D_OUT)}
+
+
+def build_moe_layer() -> tuple[nn.Module, Tensor]:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = MoELayer(d_model=16, ffn_dim=32, num_experts=4, top_k=2, num_shared_experts=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[0]
+
+    return Model(), torch.empty(2, 10, 16)
+
+
+def test_factories(tmp_path: Path) -> None:
+    from tests.ds import tiny
+
+    plans = command(tmp_path, "--model", "tests.test_plan:build_stock", "--gpus", "4")
+    assert [p["ep_size"] for p in plans] == [1, 2, 4]
+    whole = sum(p.numel() for p in tiny.TinyModel(tiny.StockMoE, 1).parameters())
+    assert {p["parameters"] for p in plans} == {whole}
+    # Each expert-parallel rank holds its share, in float32.
+    experts = plans[0]["expert_parameters"] * 4
+    held = [p["memory"]["parameters"] for p in plans]
+    assert [held[0] - size for size in held] == [0, experts // 2, experts * 3 // 4]
+    assert all(p["memory"]["dense_kept"] > 0 and p["peak"] > p["memory"]["gradients"] for p in plans)
+
+    (own,) = command(tmp_path, "--model", "tests.test_plan:build_moe_layer", "--gpus", "4")
+    assert own["rows"] == 20 and own["wire"]["exchange"] == 0
+    assert own["parameters"] == sum(p.numel() for p in build_moe_layer()[0].parameters())
+
+
+def test_checkpoints_backends_and_skew(tmp_path: Path, configs: Callable[[str], Path]) -> None:
+    words = ["--model", str(configs("Qwen3Moe")), "--gpus", "4", "--sequence_length", "32"]
+    plans = command(tmp_path, *words, "--ep_size", "1", "2", "--backend", "nccl", "deep_ep", "--skew", "1", "2",
+                    zero_optimization={"stage": 2}, gradient_accumulation_steps=3)  # fmt: skip
+    assert [(p["ep_size"], p["ep_backend"], p["skew"]) for p in plans] == [
+        (1, "none", 1), (2, "nccl", 1), (2, "nccl", 2), (2, "deep_ep", 1), (2, "deep_ep", 2)
+    ]  # fmt: skip
+    balanced, skewed = plans[1], plans[2]
+    assert skewed["routes"] == 2 * balanced["routes"] and skewed["peak"] > balanced["peak"]
+    checkpointed = command(tmp_path, *words, "--ep_size", "2", "--gradient_checkpointing",
+                           zero_optimization={"stage": 2}, gradient_accumulation_steps=3)[0]  # fmt: skip
+    assert checkpointed["memory"]["moe_kept"] < balanced["memory"]["moe_kept"]
+    assert checkpointed["wire"]["exchange"] > 1.4 * balanced["wire"]["exchange"]
+
+
+def test_text_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path, bf16={"enabled": True}, zero_optimization={"stage": 1})
+    words = ["--config", str(config), "--shape", "4096,2048,768,64,8", "--layers", "4", "--gpus", "8"]
+    assert plan.main([*words, "--ep_size", "1", "8", "--memory", "6"]) == 0
+    text = capsys.readouterr().out
+    peak = next(line for line in text.splitlines() if line.strip().startswith("peak  "))
+    one, eight = map(float, peak.split()[1:])
+    assert one > 6 > eight
+    assert f"ep_size 1, none, skew 1: {one:.1f} GiB do not fit in 6" in text and "fits: ep_size" in text
+    assert plan.main([*words, "--memory", "0.1"]) == 0
+    assert "no ep_size fits" in capsys.readouterr().out
+
+
+SHAPE = ("--shape", "64,32,16,8,2", "--gpus", "4")
+
+
+FACTORY = "tests.test_plan:build_moe_layer"
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+FEW = {"flashfusemoe": {"symm_mem": {"max_tokens_per_rank": 32}}}
+
+
+@pytest.mark.parametrize(
+    ("words", "config", "said"),
+    [
+        (("--shape", "64,32,16", "--gpus", "4"), {}, "--shape is '64,32,16'; it must be five numbers"),
+        (
+            (*SHAPE, "--ep_size", "3"),
+            {},
+            "ep_size is 3; it must divide the 4 GPUs and every layer's experts. Valid: 1",
+        ),
+        ((*SHAPE, "--skew", "0.5"), {}, "--skew is 0.5"),
+        ((*SHAPE, "--layers", "0"), {}, "--layers is 0; it must be positive"),
+        ((*SHAPE, "--tokens", "8"), {}, "--shape has its own T"),
+        (SHAPE, {"optimizer": None}, '"optimizer"; name it: --optimizer'),
+        (SHAPE, {"optimizer": {"type": "Lamb"}}, "the optimizer is 'Lamb'; plans know adam, adamw"),
+        (
+            SHAPE,
+            {"gradient_accumulation_steps": "auto"},
+            "gradient_accumulation_steps is 'auto'; a plan needs a number",
+        ),
+        (SHAPE, {"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; valid: 0, 1, 2, 3"),
+        (SHAPE, OFFLOAD, "zero_optimization.offload_optimizer: no formula"),
+        (SHAPE, {"flashfusemoe": {"ep_backend": "nvlink"}}, 'flashfusemoe.ep_backend is "nvlink"'),
+        ((*SHAPE, "--backend", "symm_mem"), FEW, "symm_mem.max_tokens_per_rank is 32, and there are 64 tokens"),
+        (("--model", "nowhere", "--gpus", "4"), {}, "such a file, or package.module:factory"),
+        (("--model", "tests.test_plan:absent", "--gpus", "4"), {}, "has no function 'absent'"),
+        (("--model", FACTORY, "--gpus", "4", "--ep_size", "2"), {}, "MoELayers, which an engine does not"),
+    ],
+)
+def test_mistakes_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], config: dict[str, Any], said: str
+) -> None:
+    path = write(tmp_path, **config)
+    assert plan.main(["--config", str(path), *words]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_the_documented_command_runs(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "planning.md").read_text()
+    (line,) = re.findall(r"^python -m flashfusemoe_ds.plan (.*?)\n```", text, re.MULTILINE | re.DOTALL)
+    write(tmp_path)
+    build("Qwen3Moe").config.save_pretrained(tmp_path / "qwen3")
+    words = [sys.executable, "-m", "flashfusemoe_ds.plan", *line.replace("\\\n", " ").split()]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert "kept by MoE layers" in done.stdout and done.stdout.count("ep_size 8") == 2
