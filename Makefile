@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-# make train | test | lint | setup | clean. `make train` uses every GPU it finds, or two CPU processes.
+# make train | test | lint | docs | setup | clean. `make train` uses every GPU it finds, or two CPU processes.
 
 PYTHON ?= python3
 RUN_DIR ?= runs/lm
@@ -23,7 +23,7 @@ TRAIN_GPU = $(LAUNCH) examples/train_lm.py --deepspeed_config ds_configs/zero1_b
 	--num_layers 8 --hidden_size 512 --num_heads 8 --mlp_size 1536 --expert_size 768 --context 512 \
 	--steps 1000 --warmup_steps 50 --eval_every 200
 
-.PHONY: help setup train test lint clean
+.PHONY: help setup train test lint docs clean
 
 help:
 	@sed -n 2p Makefile
@@ -42,7 +42,10 @@ lint: setup
 	ruff check . --extend-exclude runs  # DeepSpeed puts scripts of its own beside every checkpoint
 
 test: lint
-	python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build  # strict: mkdocs.yml
 
 clean:
-	rm -rf .venv build dist runs *.egg-info .benchmarks .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist runs site *.egg-info .benchmarks .pytest_cache .ruff_cache .hypothesis

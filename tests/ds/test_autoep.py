@@ -19,7 +19,8 @@ from torch import Tensor
 import flashfusemoe_ds
 from flashfusemoe_ds.ds.autoep import TRANSFORMERS_BEFORE, TRANSFORMERS_FROM
 from tests.distributed import run_ranks
-from tests.ds import autoep_models as hf
+from tests.ds import autoep_engines as hf
+from tests.hf.models import build
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install flashfusemoe_ds[hf]")
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -30,7 +31,8 @@ STEPS = 10
 STAGES = (0, 1, 2, 3)
 TRAINED = ("mixtral", "qwen3_moe", "deepseek_v3")
 # Before 5.13 Transformers' own group-limited DeepSeek-V2 fails in its forward.
-PRESETS = tuple(name for name in hf.MODELS if name != "deepseek_v2_groups" or VERSION >= (5, 13))
+PRESETS = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3")
+PRESETS += ("deepseek_v2_groups",) if VERSION >= (5, 13) else ()
 LAYERS = {"stock": "AutoEPMoELayer", "ours": "FusedAutoEPMoELayer"}
 
 Run = tuple[str, int, int]  # model, ep_size, ZeRO stage
@@ -70,7 +72,7 @@ def assert_all_close(
 
 def _train(rank: int, whose: str, run: Run) -> tuple[list[float], dict[str, Tensor]]:
     name, ep_size, stage = run
-    engine = _engine(whose, hf.build(name), hf.config(ep_size, stage))
+    engine = _engine(whose, build(name), hf.config(ep_size, stage))
     losses = [hf.train_step(engine, hf.batch(rank, step)) for step in range(STEPS)]
     weights = hf.weights(engine.module, rank % ep_size)
     engine.destroy()
@@ -90,7 +92,7 @@ def trained(request: pytest.FixtureRequest) -> dict[Run, list[tuple[Any, Any]]]:
 
 @pytest.mark.slow
 def test_ten_steps_equal_stock(trained: dict[Run, list[tuple[Any, Any]]]) -> None:
-    start = {name: hf.plain_weights(hf.build(name)) for name in TRAINED}
+    start = {name: hf.plain_weights(build(name)) for name in TRAINED}
     for run, ranks in trained.items():
         for (stock_losses, stock_weights), (losses, weights) in ranks:
             assert losses == pytest.approx(stock_losses, abs=5e-6), run
@@ -106,7 +108,7 @@ def _beside_transformers(rank: int, name: str) -> dict[str, tuple[Tensor, Tensor
     """Pairs of ours and plain Transformers' (logits, losses, router logits, weights after one step of SGD), all ranks
     with one batch: then the average over ranks is the gradient of one."""
     inputs = hf.batch(0, 0)
-    plain = hf.build(name)
+    plain = build(name)
     out = plain(**inputs)
     out.loss.backward()
     with torch.no_grad():
@@ -114,7 +116,7 @@ def _beside_transformers(rank: int, name: str) -> dict[str, tuple[Tensor, Tensor
             if parameter.grad is not None:
                 parameter -= parameter.grad  # lr 1
 
-    engine = _engine("ours", hf.build(name), hf.config(ep_size=2, stage=0, optimizer="sgd"))
+    engine = _engine("ours", build(name), hf.config(ep_size=2, stage=0, optimizer="sgd"))
     ours = engine(**inputs)
     pairs = {"logits": (ours.logits.detach(), out.logits.detach()), "loss": (ours.loss.detach(), out.loss.detach())}
     expected = out.get("router_logits") or ()
@@ -137,9 +139,9 @@ def _bf16_logits(rank: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Logits in bf16 of ours and of plain Transformers, and the latter in float32."""
     inputs = hf.batch(rank, 1)
     with torch.no_grad():
-        exact = hf.build(name).eval()(**inputs).logits
-        plain = hf.build(name).bfloat16().eval()(**inputs).logits
-        engine = _engine("ours", hf.build(name), hf.config(2, 1, bf16={"enabled": True}))
+        exact = build(name).eval()(**inputs).logits
+        plain = build(name).bfloat16().eval()(**inputs).logits
+        engine = _engine("ours", build(name), hf.config(2, 1, bf16={"enabled": True}))
         engine.eval()
         ours = engine(**inputs).logits
     engine.destroy()
@@ -147,7 +149,7 @@ def _bf16_logits(rank: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _three_steps(rank: int, stage: int, checkpoint: bool, section: dict[str, Any]) -> tuple[list[float], dict]:
-    model = hf.build("mixtral")
+    model = build("mixtral")
     if checkpoint:
         model.gradient_checkpointing_enable()
     engine = _engine("ours", model, hf.config(2, stage, flashfusemoe=section))
@@ -160,10 +162,10 @@ def _three_steps(rank: int, stage: int, checkpoint: bool, section: dict[str, Any
 
 def _layers_left_alone(rank: int) -> tuple[set[str], set[str], set[str], list[str]]:
     """Layer classes with replace_moe off, after attach, with an activation we lack, and what was said about it."""
-    engine = hf.start(_initialize("ours"), hf.build("mixtral"), hf.config(2, 1, flashfusemoe={"replace_moe": False}))
+    engine = hf.start(_initialize("ours"), build("mixtral"), hf.config(2, 1, flashfusemoe={"replace_moe": False}))
     off = _moe_classes(engine)
     engine.destroy()
-    engine = hf.start(_initialize("stock"), hf.build("mixtral"), hf.config(2, 1))
+    engine = hf.start(_initialize("stock"), build("mixtral"), hf.config(2, 1))
     attached = _moe_classes(flashfusemoe_ds.attach(engine))
     engine.destroy()
 
@@ -175,7 +177,7 @@ def _layers_left_alone(rank: int) -> tuple[set[str], set[str], set[str], list[st
     logger.setLevel(logging.INFO)
     ds_config = hf.config(2, 1)
     ds_config["expert_parallel"]["expert_activation"] = "swiglu_oai"
-    engine = hf.start(_initialize("ours"), hf.build("mixtral"), ds_config)
+    engine = hf.start(_initialize("ours"), build("mixtral"), ds_config)
     logger.setLevel(logging.ERROR)
     logger.removeHandler(handler)
     other = _moe_classes(engine)
@@ -269,13 +271,13 @@ def _continue(
     for owner, stage in itertools.product(whose, (1, 3)):
         place = f"{folder}/stage{stage}"
         if previous is None:
-            engine = _engine(owner, hf.build("mixtral"), hf.config(ep_size, stage))
+            engine = _engine(owner, build("mixtral"), hf.config(ep_size, stage))
             for step in range(3):
                 hf.train_step(engine, hf.batch(rank, step))
         else:
             # Weights of another seed, which the checkpoint must overwrite.
             universal = hf.config(ep_size, stage, checkpoint={"load_universal": True})
-            engine = _engine(owner, hf.build("mixtral", seed=5), universal)
+            engine = _engine(owner, build("mixtral", seed=5), universal)
             engine.load_checkpoint(place, tag=f"ep{previous}_universal")
         here = hf.eval_loss(engine, rank)
         if owner == "ours":
@@ -308,7 +310,7 @@ def test_universal_checkpoint_at_other_ep_sizes(tmp_path: Path) -> None:
 
 def _refusal(ds_config: dict[str, Any]) -> str:
     with pytest.raises(ValueError) as error:
-        flashfusemoe_ds.initialize(model=hf.build("mixtral"), config=ds_config)
+        flashfusemoe_ds.initialize(model=build("mixtral"), config=ds_config)
     assert not dist.is_initialized()
     return str(error.value)
 

@@ -350,11 +350,12 @@ def test_layers_that_cannot_count_are_named_and_left_alone() -> None:
 
 
 def _autoep(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    from tests.ds import autoep_models as hf
+    from tests.ds import autoep_engines as hf
+    from tests.hf.models import build
 
     sections = monitored(folder, "experts", every=1, expert_bias_update_rate=1e-3)
     engine = hf.start(
-        flashfusemoe_ds.initialize, hf.build("deepseek_v3"), hf.config(2, 1, bf16={"enabled": True}, **sections)
+        flashfusemoe_ds.initialize, build("deepseek_v3"), hf.config(2, 1, bf16={"enabled": True}, **sections)
     )
     (layer,) = [m for m in engine.module.modules() if type(m).__name__ == "FusedAutoEPMoELayer"]
     seen = {"bias": [layer.router.e_score_correction_bias.clone()], "counts": []}

@@ -18,7 +18,6 @@ from deepspeed.moe.utils import is_moe_param
 from torch import Tensor, nn
 
 from flashfusemoe_ds import MoE
-from flashfusemoe_ds.ds.moe import FusedTopKGate
 from flashfusemoe_ds.kernels import routing
 from flashfusemoe_ds.nn import deepspeed_gating
 from tests.distributed import run_ranks

@@ -327,8 +327,8 @@ def test_equal_inputs_give_equal_bits(name: str) -> None:
 
 
 def test_the_layer_takes_this_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA unless told not to; here the question of the device is answered for it. And takes the twin for what is not
-    covered."""
+    """On CUDA unless told not to; here the question of the device is answered for it. And takes the twin for what the
+    kernels do not cover."""
     monkeypatch.setattr(gating_module, "runs_fused", routing.covers)
     calls: list[int] = []
 

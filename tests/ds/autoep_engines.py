@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tiny random Hugging Face MoE models of every AutoEP preset, their data, and what an engine makes of them."""
+"""Engines over tiny Transformers models under AutoEP: their config, a step, and their weights by stock's names."""
 
 from __future__ import annotations
 
@@ -9,79 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-VOCABULARY, SEQUENCE, BATCH, NUM_EXPERTS = 64, 12, 2, 8
-
-_COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    "num_experts_per_tok": 2,
-    "use_cache": False,
-}
-_AUX_LOSS = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
-_QWEN = {"moe_intermediate_size": 24, "num_experts": NUM_EXPERTS, **_AUX_LOSS}
-_QWEN_SHARED = {**_QWEN, "shared_expert_intermediate_size": 40}
-_DEEPSEEK = {
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": NUM_EXPERTS,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 24,
-    "routed_scaling_factor": 1.5,
-}
-_GROUPS = {"n_group": 4, "topk_group": 2}
-
-# Name -> stem of the classes in transformers, its config class, and the config beyond what all share.
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "mixtral": ("Mixtral", "MixtralConfig", {"num_local_experts": NUM_EXPERTS, **_AUX_LOSS}),
-    "qwen2_moe": ("Qwen2Moe", "Qwen2MoeConfig", _QWEN_SHARED),
-    "qwen3_moe": ("Qwen3Moe", "Qwen3MoeConfig", {**_QWEN, "head_dim": 8, "norm_topk_prob": True}),
-    "qwen3_5_moe": (
-        "Qwen3_5Moe",
-        "Qwen3_5MoeTextConfig",
-        {**_QWEN_SHARED, "head_dim": 8, "layer_types": ["full_attention"] * 2},
-    ),
-    "deepseek_v2": ("DeepseekV2", "DeepseekV2Config", _DEEPSEEK),
-    "deepseek_v2_groups": (
-        "DeepseekV2",
-        "DeepseekV2Config",
-        {**_DEEPSEEK, **_GROUPS, "topk_method": "group_limited_greedy"},
-    ),
-    "deepseek_v3": ("DeepseekV3", "DeepseekV3Config", {**_DEEPSEEK, **_GROUPS}),
-}
-
-
-def build(name: str, seed: int = 0) -> nn.Module:
-    """A causal language model of two layers, one of them dense in DeepSeek's. Equal seeds, equal weights."""
-    import transformers
-
-    stem, config_class, extra = MODELS[name]
-    torch.manual_seed(seed)
-    config = getattr(transformers, config_class)(**{**_COMMON, **extra})
-    model = getattr(transformers, f"{stem}ForCausalLM")(config)
-    with torch.no_grad():
-        for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if path.endswith("mlp.gate.weight"):
-                tensor.normal_(0, 0.3)  # far from ties, which two orders of summation might break differently
-            elif path.endswith("e_score_correction_bias"):
-                tensor.normal_(0, 0.1)
-    return model
+from tests.hf import models
+from tests.hf.models import BATCH
 
 
 def batch(rank: int, step: int) -> dict[str, Tensor]:
     """Another batch for every rank and step."""
-    generator = torch.Generator().manual_seed(10_000 * rank + step)
-    ids = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE), generator=generator)
-    return {"input_ids": ids, "labels": ids}
+    return models.batch(seed=10_000 * rank + step)
 
 
 def config(ep_size: int, stage: int, optimizer: str = "adamw", **extra: Any) -> dict[str, Any]:
