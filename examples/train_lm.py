@@ -12,12 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
-import os
-import socket
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,11 +23,11 @@ import deepspeed
 import deepspeed.comm as dist
 import hjson
 import torch
-import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import logger as deepspeed_logger
 from lm.data import Corpus, held_out_batches, load_corpus, train_batches
-from lm.model import ByteLM, LMConfig, LMOutput, parameter_counts, parameter_groups
+from lm.launch import start_deepspeed, stop
+from lm.layers import cross_entropy
+from lm.model import ByteLM, LMConfig, parameter_counts, parameter_groups
 from lm.plots import plot_run
 from lm.progress import Progress
 from lm.sample import generate
@@ -91,28 +87,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def start_process() -> None:
-    """Join the other ranks, or be the only one when no launcher started this process."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
-    if "OMP_NUM_THREADS" not in os.environ:
-        # torch gives every process all cores: two processes on two cores then fight over them.
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_processes))
-    deepspeed_logger.setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that torch has since renamed: nothing a user of this script could act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # On CPUs DeepSpeed would first compile a shared-memory all-reduce: half a minute, and a failure without a C++
-    # compiler. The exchange goes through gloo either way.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
-
-
 def model_config(args: argparse.Namespace, world_size: int) -> LMConfig:
     # By default the largest expert-parallel group that divides both the experts and the ranks.
     ep_size = args.ep_size if args.ep_size is not None else math.gcd(args.num_experts, world_size)
@@ -145,11 +119,6 @@ def warmup_then_cosine(args: argparse.Namespace) -> Callable[[Optimizer], Lambda
         return args.min_lr_ratio + (1 - args.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
     return lambda optimizer: LambdaLR(optimizer, ratio)
-
-
-def cross_entropy(output: LMOutput, window_BS: Tensor) -> Tensor:
-    """Nats per byte; position i of the window is answered by byte i + 1."""
-    return F.cross_entropy(output.logits_BSV.flatten(0, 1), window_BS[:, 1:].flatten())
 
 
 class Trainer:
@@ -216,7 +185,7 @@ class Trainer:
         for window_BS in train_batches(self.corpus.train, self.cfg.context, self.batch, accumulate, key):
             window_BS = window_BS.to(self.device)
             output = self.engine(window_BS[:, :-1])
-            loss = cross_entropy(output, window_BS)
+            loss = cross_entropy(output.logits_BSV, window_BS)
             self.engine.backward(loss + self.args.aux_loss_coeff * output.l_aux)
             self.engine.step()
             losses.append(loss.detach())
@@ -236,7 +205,7 @@ class Trainer:
         for window_BS in windows:
             window_BS = window_BS.to(self.device)
             output = self.engine(window_BS[:, :-1])
-            losses.append(cross_entropy(output, window_BS))
+            losses.append(cross_entropy(output.logits_BSV, window_BS))
             counts.append(output.counts_LE)
         self.engine.train()
         loss = self.mean_over_ranks(torch.stack(losses).mean())
@@ -330,7 +299,7 @@ def write_results(run_dir: Path, metrics: dict[str, Any], sample: str) -> None:
 
 def main() -> None:
     args = parse_args()
-    start_process()
+    start_deepspeed()
     cfg = model_config(args, dist.get_world_size())
     trainer = Trainer(args, cfg, load_corpus(args.data, args.context))
     if args.resume:
@@ -346,7 +315,7 @@ def main() -> None:
     sample = trainer.sample()
     if trainer.rank == 0:
         write_results(args.run_dir, trainer.metrics(load_LE), sample)
-    dist.destroy_process_group()
+    stop()
 
 
 if __name__ == "__main__":

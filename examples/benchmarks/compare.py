@@ -109,7 +109,7 @@ def compare(shape: Shape, entries: dict[str, Entry], settings: Settings) -> dict
     start = time.monotonic()
     ranks = settings.ranks
     generator = torch.Generator(settings.device).manual_seed(settings.seed)
-    weights = Weights(shape, settings.dtype, generator)
+    weights = Weights.random(shape, settings.dtype, generator)
     if ranks.world > 1:
         generator.manual_seed(settings.seed + 1 + ranks.rank)  # equal weights, tokens of its own
     x, _ = make_input(shape, weights.gate, settings.routing, generator)
@@ -235,7 +235,7 @@ def _attempt(row: Row, settings: Settings, work: Callable[[], T], *, exchanging:
         except (Failed, NoAnswer):
             raise
         except Exception as error:  # a rival's failure is a result
-            failure = _failure(error)
+            failure = failure_of(error)
             if failure.status == "failed":
                 settings.log_failure(traceback.format_exc())
             error.__traceback__ = None  # its frames hold the tensors of the failed step
@@ -262,7 +262,7 @@ def _attempt(row: Row, settings: Settings, work: Callable[[], T], *, exchanging:
     return None
 
 
-def _failure(error: Exception) -> Failure:
+def failure_of(error: Exception) -> Failure:
     first_line = (str(error).strip() or "no message").splitlines()[0][:300]
     if isinstance(error, CannotRun):
         return Failure("skipped", first_line)

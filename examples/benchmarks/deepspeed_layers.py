@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from layers import Bench, Layer
+from layers import Bench, Layer, Parts
 from torch import Tensor, nn
 from torch.nn import functional as F
 from weights import leaf
@@ -33,7 +33,7 @@ def _join() -> None:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
-class _SwiGLU(nn.Module):
+class SwiGLU(nn.Module):
     """One expert, with gate and up in one product: the fastest way to write it for the stock layer."""
 
     def __init__(self, d_model: int, intermediate: int) -> None:
@@ -55,7 +55,7 @@ def stock(bench: Bench, drop: bool) -> Layer:
     with torch.device("meta"):
         layer = MoE(
             shape.D,
-            _SwiGLU(shape.D, shape.F),
+            SwiGLU(shape.D, shape.F),
             num_experts=shape.E,
             ep_size=bench.ep_size,
             k=shape.K,
@@ -78,6 +78,7 @@ def stock(bench: Bench, drop: bool) -> Layer:
         note,
         exact,
         exchange=None if bench.ep_size == 1 or drop else lambda x_TD: _stock_exchange(bench, x_TD),
+        parts=Parts(layer.deepspeed_moe.gate.wg.weight, list(layer.deepspeed_moe.experts.parameters())),
     )
 
 
@@ -207,6 +208,7 @@ def autoep_parallel(
         chosen,
         exchange=None if deepep else exchange,
         close=(lambda: destroy_exchanges(layer)) if deepep else None,
+        parts=Parts(layer.router.gate.weight, list(layer.experts.parameters())),
     )
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import layers
 import torch
-from layers import Bench, CannotRun, Entry, Layer, late, moe_layer
+from layers import Bench, CannotRun, Entry, Layer, Parts, late, moe_layer
 from report import EP1
 from torch import Tensor
 
@@ -48,6 +48,7 @@ def ours(
         f"takes {layer.dispatcher.name}" if ep_backend == "hybrid" else "",
         exchange=exchange,
         close=partial(close_dispatcher, layer.dispatcher),
+        parts=Parts(layer.router.weight, layer.expert_params),
     )
 
 
@@ -105,7 +106,10 @@ REGISTRY: dict[str, Entry] = {
         "DeepSpeed AutoEP, deepep", late("deepspeed_layers", "autoep_parallel", comm_backend="deepep")
     ),
     "deepspeed": Entry("deepspeed MoE, drop_tokens=False", late("deepspeed_layers", "stock", drop=False), False),
+    "flashfusedmoe": Entry(
+        "FlashFusedMoE, calibrated buffers", late("triton_layers", "flashfusedmoe", calibrated=True)
+    ),
 }
 # Run only when asked for.
-ON_REQUEST = ("ours-symm_mem-graph", "autoep-sync", "autoep-fused")
+ON_REQUEST = ("ours-symm_mem-graph", "autoep-sync", "autoep-fused", "flashfusedmoe")
 SLOW_TO_IMPORT = ("autoep", "deepspeed")  # on CPUs likewise

@@ -28,7 +28,7 @@ def record(shape: Shape, settings: Settings, ep_backend: str, num_shared: int, p
     """
     device, ranks = settings.device, settings.ranks
     generator = torch.Generator(device).manual_seed(settings.seed)
-    weights = Weights(shape, settings.dtype, generator)
+    weights = Weights.random(shape, settings.dtype, generator)
     generator.manual_seed(settings.seed + 1 + ranks.rank)
     x_TD = make_input(shape, weights.gate, settings.routing, generator)[0].requires_grad_()
     dout_TD = torch.empty_like(x_TD).normal_(generator=generator)

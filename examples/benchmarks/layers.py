@@ -65,6 +65,23 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a training loop has to know of a layer's parameters.
+
+    Attributes:
+        router: [E, D].
+        experts: this rank's own experts'; all others of the layer are the same on every rank.
+        averaged: its backward has divided the experts' gradients by ep_size.
+        room: routes that an expert has room for; those beyond are not computed. None: all are.
+    """
+
+    router: nn.Parameter
+    experts: list[nn.Parameter]
+    averaged: bool = False
+    room: int | None = None
+
+
+@dataclass(frozen=True)
 class Layer:
     """A built layer.
 
@@ -77,6 +94,7 @@ class Layer:
             else; None where that cannot be told.
         close: frees what the layer shares with other ranks; collective. After it the layer cannot be used. It should
             not hold the layer.
+        parts: of layers that a model can be trained with.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -85,6 +103,7 @@ class Layer:
     exact: bool = True
     exchange: Callable[[Tensor], Callable[[], object]] | None = None
     close: Callable[[], object] | None = None
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +138,8 @@ def moe_layer(bench: Bench, **options: Any) -> MoELayer:
 def ours(bench: Bench, recompute: bool = False, compiled: bool = False, gemm_backend: str | None = None) -> Layer:
     layer = moe_layer(bench, recompute_activations=recompute, gemm_backend=gemm_backend)
     call = torch.compile(layer, dynamic=False) if compiled else layer
-    return Layer(lambda x_TD: call(x_TD)[0], list(layer.parameters()))
+    parts = Parts(layer.router.weight, layer.expert_params)
+    return Layer(lambda x_TD: call(x_TD)[0], list(layer.parameters()), parts=parts)
 
 
 def grouped_mm(bench: Bench, compiled: bool = False) -> Layer:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""FlashFusedMoE's published training workload as a plain PyTorch model on stock `deepspeed.moe` layers.
+"""FlashFusedMoE's published training workload as a plain PyTorch model around any MoE layer.
 
 24 decoder layers of width 1024, the first with a dense MLP, the others with 8 routed experts (top-2) and a shared
 one; 1.14 B parameters. The shape is that of the benchmark in AdaMLLab/FlashFusedMoE at f75f789 (`SeedConfig`'s
-defaults). The weights are a function of the seed alone, whatever ep_size is, so that all contenders train the same
-model; ours come in through `flashfusemoe_ds.initialize`, which replaces the MoE layers in place.
+defaults). The weights are a function of the seed alone, whatever ep_size and the MoE layer are, so that all contenders
+train the same model. Unless told otherwise the MoE layers are `deepspeed.moe.layer.MoE`, which
+`flashfusemoe_ds.initialize` replaces in place.
 
 Shape suffixes: B sequences, S tokens per sequence, T = B * S, D hidden size, H heads, C channels of a head, V words,
 L MoE layers, E experts of a layer.
@@ -14,15 +15,24 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import is_moe_param
+from deepspeed_layers import SwiGLU
 from torch import Tensor, nn
+from weights import Weights
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from lm.layers import CausalAttention, rope_tables
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -111,46 +121,26 @@ def model_config(args: argparse.Namespace, ep_size: int) -> SeedConfig:
 
 class LMOutput(NamedTuple):
     loss: Tensor  # cross-entropy, nats per token
-    l_aux: Tensor  # load-balancing loss, mean over the MoE layers
-    counts_LE: Tensor  # routes that this rank sent to each expert of each MoE layer
-
-
-class SwiGLU(nn.Module):
-    """gate and up in one product: the fastest way to write an expert that DeepSpeed's stock layer runs one by one."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
-class CausalAttention(nn.Module):
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        B, S, D = x_BSD.shape
-        q, k, v = self.qkv(x_BSD).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        mixed_BHSC = F.scaled_dot_product_attention(apply_rope(q, rope), apply_rope(k, rope), v, is_causal=True)
-        return self.out(mixed_BHSC.transpose(1, 2).reshape(B, S, D))
+    l_aux: Tensor | None  # load-balancing loss, mean over the MoE layers
+    counts_LE: Tensor | None  # routes that this rank sent to each expert of each MoE layer
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: SeedConfig, is_moe: bool) -> None:
+    """A decoder layer.
+
+    Args:
+        moe: what deepspeed.moe.layer.MoE is: x in, (output, load-balancing loss, routes per expert) out; the latter
+            two may be None. Without it the layer is dense.
+    """
+
+    def __init__(self, cfg: SeedConfig, moe: nn.Module | None) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(cfg.hidden_size, eps=NORM_EPS)
         self.attention = CausalAttention(cfg.hidden_size, cfg.num_heads)
         self.mlp_norm = nn.RMSNorm(cfg.hidden_size, eps=NORM_EPS)
-        # In a MoE layer, the shared expert.
-        self.mlp = SwiGLU(cfg.hidden_size, cfg.shared_size if is_moe else cfg.mlp_size)
-        self.moe = _moe_layer(cfg) if is_moe else None
+        # Beside a MoE layer, the shared expert.
+        self.mlp = SwiGLU(cfg.hidden_size, cfg.mlp_size if moe is None else cfg.shared_size)
+        self.moe = moe
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope)
@@ -158,65 +148,87 @@ class Block(nn.Module):
         if self.moe is None:
             return x_BSD + self.mlp(normed_BSD), None, None
         routed_BSD, l_aux, counts_E = self.moe(normed_BSD)
-        return x_BSD + routed_BSD + self.mlp(normed_BSD), l_aux, counts_E.detach()
+        return x_BSD + routed_BSD + self.mlp(normed_BSD), l_aux, counts_E
 
 
 class SeedLM(nn.Module):
-    """Next-word prediction: int64 [B, S + 1] in, `LMOutput` out; word i + 1 answers position i."""
+    """Next-word prediction: int64 [B, S + 1] in, `LMOutput` out; word i + 1 answers position i.
 
-    def __init__(self, cfg: SeedConfig) -> None:
+    Args:
+        make_moe: the MoE layer of the block of this number; None for DeepSpeed's.
+    """
+
+    def __init__(self, cfg: SeedConfig, make_moe: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
         self.cfg = cfg
+        make_moe = make_moe or (lambda block: stock_moe(cfg))
         self.embedding = nn.Embedding(cfg.vocab, cfg.hidden_size)
-        self.blocks = nn.ModuleList(Block(cfg, is_moe=i > 0) for i in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(Block(cfg, make_moe(i) if i else None) for i in range(cfg.num_layers))
         self.norm = nn.RMSNorm(cfg.hidden_size, eps=NORM_EPS)
 
     def forward(self, words_BS: Tensor) -> LMOutput:
         inputs_BS, answers_BS = words_BS[:, :-1], words_BS[:, 1:]
-        rope = rope_tables(inputs_BS.shape[1], self.cfg, inputs_BS.device)
+        head_dim = self.cfg.hidden_size // self.cfg.num_heads
+        rope = rope_tables(inputs_BS.shape[1], head_dim, self.cfg.rope_base, inputs_BS.device)
         x_BSD = self.embedding(inputs_BS)
         aux, counts = [], []
         for block in self.blocks:
             x_BSD, l_aux, counts_E = block(x_BSD, rope)
-            if l_aux is not None:
+            if l_aux is not None and counts_E is not None:
                 aux.append(l_aux)
-                counts.append(counts_E)
+                counts.append(counts_E.detach())
         logits_TV = F.linear(self.norm(x_BSD), self.embedding.weight).flatten(0, 1).float()
         loss = F.cross_entropy(logits_TV, answers_BS.flatten())
+        if not aux:
+            return LMOutput(loss, None, None)
         return LMOutput(loss, torch.stack(aux).float().mean(), torch.stack(counts))
 
 
-def rope_tables(length: int, cfg: SeedConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [S, C / 2]. Not buffers: a bf16 engine would round buffers, and with them the positions."""
-    head_dim = cfg.hidden_size // cfg.num_heads
-    inv_freq = cfg.rope_base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inv_freq)
-    return angle.cos(), angle.sin()
-
-
-def apply_rope(x_BHSC: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = rope
-    first, second = x_BHSC.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BHSC.dtype)
-
-
-def make_model(cfg: SeedConfig, seed: int, ep_rank: int, device: torch.device, dtype: torch.dtype) -> SeedLM:
+def make_model(
+    cfg: SeedConfig,
+    seed: int,
+    ep_rank: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    make_moe: Callable[[int], nn.Module] | None = None,
+) -> SeedLM:
     """A model on `device`; expert e of a layer has the same weights on whichever rank it lives.
 
     Args:
         ep_rank: this rank's place in its expert-parallel group.
+        make_moe: as in SeedLM. Its layers bring their weights: `moe_weights`, to train the same model.
     """
     with device:
-        model = SeedLM(cfg)
+        model = SeedLM(cfg, make_moe)
     num_local = cfg.num_experts // cfg.ep_size
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if param.ndim < 2:
+            if param.ndim < 2 or (make_moe is not None and ".moe." in name):
                 continue  # norms stay at one
             name = _LOCAL_EXPERT.sub(lambda local: str(int(local[0]) + ep_rank * num_local), name)
-            generator = torch.Generator(device).manual_seed(seed + zlib.crc32(name.encode()))
-            param.normal_(std=INIT_STD, generator=generator)
+            _draw(param, name, seed)
     return model.to(dtype)
+
+
+def moe_weights(cfg: SeedConfig, block: int, seed: int, device: torch.device, dtype: torch.dtype) -> Weights:
+    """The weights that `make_model` gives DeepSpeed's layer in this block, all experts of it."""
+    layer = f"blocks.{block}.moe.deepspeed_moe"
+
+    def drawn(name: str, *size: int) -> Tensor:
+        return _draw(torch.empty(size, device=device), f"{layer}.{name}.weight", seed).to(dtype)
+
+    def stacked(name: str, *size: int) -> Tensor:
+        experts = [drawn(f"experts.deepspeed_experts.{e}.{name}", *size) for e in range(cfg.num_experts)]
+        return torch.stack(experts)
+
+    D, F = cfg.hidden_size, cfg.expert_size
+    return Weights(drawn("gate.wg", cfg.num_experts, D), stacked("gate_up", 2 * F, D), stacked("down", D, F))
+
+
+def _draw(tensor: Tensor, name: str, seed: int) -> Tensor:
+    """Random entries that follow from the parameter's name and the seed."""
+    generator = torch.Generator(tensor.device).manual_seed(seed + zlib.crc32(name.encode()))
+    return tensor.normal_(std=INIT_STD, generator=generator)
 
 
 def parameter_counts(model: SeedLM) -> dict[str, int]:
@@ -233,7 +245,7 @@ def random_batches(cfg: SeedConfig, batch: int, num: int, seed: int, rank: int, 
     return torch.randint(cfg.vocab, (num, batch, cfg.context + 1), generator=generator).to(device)
 
 
-def _moe_layer(cfg: SeedConfig) -> MoE:
+def stock_moe(cfg: SeedConfig) -> MoE:
     drops = cfg.capacity_factor is not None
     return MoE(
         cfg.hidden_size,

@@ -26,21 +26,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import gzip
 import importlib.util
 import json
 import logging
 import math
 import os
 import shlex
-import shutil
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import asdict
 from datetime import datetime, timezone
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +44,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.distributed as dist
-from device_trace import (
-    BACKWARD,
-    COMMUNICATION,
-    FORWARD,
-    OPTIMIZER,
-    STEP,
-    Kernel,
-    Role,
-    communication,
-    num_steps,
-    read_kernels,
-)
+from device_trace import BACKWARD, FORWARD, OPTIMIZER, num_steps
 from machine import describe
 from seed_model import SIZES, add_model_arguments, model_config, parameter_counts, random_batches
 from step_engines import (
@@ -73,8 +58,9 @@ from step_engines import (
     world_size,
 )
 from step_report import document, table
+from timed_steps import TimedSteps, take_turns
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 FORMAT = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -132,144 +118,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Run:
-    """One engine at one stage, and what was measured of it on this rank."""
+    """One engine at one stage, and the steps that were timed of it."""
 
     def __init__(self, key: str, stage: int, training: Training, batches: Tensor, aux_loss_coeff: float) -> None:
-        self.key, self.stage, self.batches, self.aux_loss_coeff = key, stage, batches, aux_loss_coeff
-        self.device = batches.device
+        self.key, self.stage, self.aux_loss_coeff = key, stage, aux_loss_coeff
         gc.collect()
-        self._held_before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
-        self.engine = build(key, stage, training, self.device)
+        held_before = torch.cuda.memory_allocated() if batches.is_cuda else 0
+        self.engine = build(key, stage, training, batches.device)
         self.parameters = parameter_counts(self.engine.module)
-        self.losses: list[Tensor] = []
-        self.step_ms: list[float] = []
-        self.peak_bytes: int | None = None
-        self.kernels: list[Kernel] = []
-        self.problem = ""  # why there is no profile
+        self.timed = TimedSteps(self._step, batches, held_before)
         self.counts_LE: Tensor | None = None
 
-    def step(self) -> None:
-        words_BS = self.batches[len(self.losses) % len(self.batches)]
-        with record_function(STEP):
-            with record_function(FORWARD):
-                output = self.engine(words_BS)
-                loss = output.loss
-                if self.aux_loss_coeff:
-                    loss = loss + self.aux_loss_coeff * output.l_aux
-            with record_function(BACKWARD):
-                self.engine.backward(loss)
-            with record_function(OPTIMIZER):
-                self.engine.step()
-        self.losses.append(output.loss.detach())
+    def _step(self, words_BS: Tensor) -> Tensor:
+        with record_function(FORWARD):
+            output = self.engine(words_BS)
+            loss = output.loss
+            if self.aux_loss_coeff:
+                loss = loss + self.aux_loss_coeff * output.l_aux
+        with record_function(BACKWARD):
+            self.engine.backward(loss)
+        with record_function(OPTIMIZER):
+            self.engine.step()
         self.counts_LE = output.counts_LE
-
-    def warm_up(self, steps: int) -> None:
-        """Compiles and tunes in the first step, and measures memory in the others."""
-        self.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        for _ in range(steps - 1):
-            self.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            self.peak_bytes = torch.cuda.max_memory_allocated() - self._held_before
-
-    def time_block(self, steps: int) -> None:
-        """One step that does not count, then `steps` that do, without a pause between them."""
-        synchronize(self.device)
-        dist.barrier()
-        self.step()
-        ends = [_now(self.device)]
-        for _ in range(steps):
-            self.step()
-            ends.append(_now(self.device))
-        synchronize(self.device)
-        self.step_ms += [_between_ms(*pair) for pair in pairwise(ends)]
-
-    def profile(self, steps: int, keep: Path | None) -> None:
-        """Profiles steps into `kernels`; the trace stays at `keep`, gzipped, if given."""
-        synchronize(self.device)
-        dist.barrier()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            for _ in range(1 + steps):  # in the first one the profiler sets itself up
-                self.step()
-            synchronize(self.device)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            profiler.export_chrome_trace(str(path))
-            if keep is not None:
-                with path.open("rb") as plain, gzip.open(keep, "wb", compresslevel=3) as packed:
-                    shutil.copyfileobj(plain, packed)
-            trace = json.loads(path.read_text())
-        try:
-            self.kernels = read_kernels(trace, group_names())
-        except ValueError as error:
-            self.problem = f"exposed communication is unknown: {error}"
+        return output.loss
 
     def row(self) -> dict[str, Any]:
-        """JSON-ready, all ranks' samples as the slowest's. Collective."""
-        profiled = [communication(self.kernels, step) for step in range(1, num_steps(self.kernels))]
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self.step_ms, self.peak_bytes, profiled, self.problem))
-        step_ms, peak_bytes, profiles, problems = zip(*everyone, strict=True)
-        losses = torch.stack(self.losses).float()
-        dist.all_reduce(losses)
-        counts_LE = self.counts_LE.to(self.device, torch.float32)
+        """JSON-ready, of all ranks. Collective."""
+        counts_LE = self.counts_LE.to(self.timed.device, torch.float32)
         dist.all_reduce(counts_LE)
         contender = CONTENDERS[self.key]
-        steps = [
-            {role.value: tuple(max(times) for times in zip(*(s[role.value] for s in step), strict=True))
-             for role in COMMUNICATION}
-            for step in zip(*profiles, strict=True)
-        ] if not any(problems) else []  # fmt: skip
         return {
             "stage": self.stage,
             "key": self.key,
             "title": contender.title,
             "ours": contender.ours,
-            "note": next(filter(None, problems), "") or _doubt(steps),
             "optimizer": type(self.engine.optimizer).__name__,
-            "step_ms": [max(of_ranks) for of_ranks in zip(*step_ms, strict=True)],
-            "peak_bytes": None if self.peak_bytes is None else max(peak_bytes),
-            "profile": {"steps": steps} if steps else None,
-            "losses": (losses / dist.get_world_size()).tolist(),
+            **self.timed.gathered(),
             "max_over_mean_load": (counts_LE.max(1).values / counts_LE.mean(1)).tolist(),
         }
 
     def close(self) -> None:
         """Gives the engine's memory back."""
         self.engine.destroy()
-        del self.engine
-        self.kernels, self.losses = [], []
+        del self.engine, self.timed
         gc.collect()
-        if self.device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _doubt(steps: list[dict[str, tuple[float, ...]]]) -> str:
-    """What must not be taken for a good result."""
-    if steps and dist.get_world_size() > 1 and any(step[Role.DENSE.value][0] == 0 for step in steps):
-        return "the profile shows no collective of dense gradients, though ranks exchange them"
-    return ""
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _now(device: torch.device) -> Any:
-    """This moment, on a GPU on its current stream."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between_ms(start: Any, end: Any) -> float:
-    return start.elapsed_time(end) if isinstance(start, torch.cuda.Event) else 1e3 * (end - start)
 
 
 def say(text: str) -> None:
@@ -287,16 +181,14 @@ def run_stage(stage: int, args: argparse.Namespace, training: Training, batches:
             continue
         start = time.monotonic()
         runs.append(Run(key, stage, training, batches, args.aux_loss_coeff))
-        runs[-1].warm_up(args.warmup)
+        runs[-1].timed.warm_up(args.warmup)
         say(f"ZeRO {stage}, {CONTENDERS[key].title}: ready after {time.monotonic() - start:.1f} s")
-    for number in range(args.rounds):
-        turn = number % len(runs)
-        for run in runs[turn:] + runs[:turn]:
-            run.time_block(args.steps)
+    take_turns([run.timed for run in runs], args.rounds, args.steps)
     if batches.is_cuda and args.profile_steps:
         for run in runs:
             keep = args.trace and dist.get_rank() == 0
-            run.profile(args.profile_steps, args.out / f"step_zero{stage}_{run.key}.json.gz" if keep else None)
+            path = args.out / f"step_zero{stage}_{run.key}.json.gz" if keep else None
+            run.timed.profile(args.profile_steps, group_names(), path)
     return runs
 
 
@@ -315,7 +207,9 @@ def draw_timeline(runs: list[Run], path: Path) -> None:
         from step_chart import draw_backward
 
         stage = f"ZeRO {runs[0].stage}, rank 0"
-        panels = [(f"{CONTENDERS[r.key].title}, {stage}", r.kernels, num_steps(r.kernels) - 1) for r in runs]
+        panels = [
+            (f"{CONTENDERS[r.key].title}, {stage}", r.timed.kernels, num_steps(r.timed.kernels) - 1) for r in runs
+        ]
         if not draw_backward(panels, path):
             say(f"no {path.name}: the profile has no kernel of a backward")
 

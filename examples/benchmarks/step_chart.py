@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The results of `step.py` as pictures: step times, and the timeline of one step's backward. Needs matplotlib."""
+"""The results of `step.py` and `seed_lm.py` as pictures: step times, and the timeline of one step's backward.
+
+Needs matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,11 @@ import matplotlib.pyplot as plt
 from device_trace import BACKWARD, Kernel, Role, compute_intervals
 from intervals import Interval, length, subtract, union
 from matplotlib.axes import Axes
+from seed_report import times
 from step_report import median_communication, times_stock
 
 OURS, OTHERS = "#e4572e", "#9aa5b1"
+RIVALS = {"stock": "stock", "flashfusedmoe": "FlashFusedMoE"}
 EXPOSED = "#c1121f"
 COLOURS = {
     Role.COMPUTE: "#4c78a8",
@@ -31,9 +36,40 @@ PIXELS = 3000  # gaps narrower than one of so many are not drawn
 
 
 def draw_steps(outcome: dict[str, Any], path: Path) -> None:
+    """Step times of engines, stage by stage (step.py)."""
+    remarks = {}
+    for i, row in enumerate(outcome["rows"]):
+        ratio = times_stock(row, outcome["rows"])
+        if row["ours"] and ratio is not None:
+            remarks[i] = f"{ratio:.2f} x stock"
+    labels = [f"ZeRO {row['stage']}, {row['title']}" for row in outcome["rows"]]
+    _draw_bars(outcome["rows"], labels, remarks, _title(outcome, outcome["settings"]["dtype"]), path)
+
+
+def draw_layers(outcome: dict[str, Any], path: Path) -> bool:
+    """Step times of a model with one layer or another (seed_lm.py); False where nothing was measured."""
+    rows = [row for row in outcome["rows"] if row["step_ms"]]
+    if not rows:
+        return False
+    remarks = {}
+    for i, row in enumerate(rows):
+        ratios = [(times(row, rows, rival), name) for rival, name in RIVALS.items()]
+        remarks[i] = ", ".join(f"{ratio:.2f} x {name}" for ratio, name in ratios if row["ours"] and ratio is not None)
+    labels = [row["title"] for row in rows]
+    _draw_bars(rows, labels, remarks, _title(outcome, outcome["settings"]["precision"]), path)
+    return True
+
+
+def _title(outcome: dict[str, Any], precision: str) -> str:
+    return (
+        f"{outcome['parameters']['total'] / 1e9:.2f} B parameters, {outcome['world_size']} x "
+        f"{outcome['machine']['device']}, EP={outcome['model']['ep_size']}, {precision}"
+    )
+
+
+def _draw_bars(rows: list[dict[str, Any]], labels: list[str], remarks: dict[int, str], title: str, path: Path) -> None:
     """A bar for every row: the median step, and in it the exposed communication of dense gradients and exchange."""
-    rows = outcome["rows"][::-1]
-    labels = [f"ZeRO {row['stage']}, {row['title']}" for row in rows]
+    rows, labels = rows[::-1], labels[::-1]
     p50 = [median(row["step_ms"]) for row in rows]
     fig, ax = plt.subplots(figsize=(9.6, 1.9 + 0.42 * len(rows)), layout="constrained")
     ax.barh(labels, p50, color=[OURS if row["ours"] else OTHERS for row in rows])
@@ -44,21 +80,15 @@ def draw_steps(outcome: dict[str, Any], path: Path) -> None:
             left = [at - ms for at, ms in zip(left, exposed, strict=True)]
             colour = EXPOSED if role is Role.DENSE else COLOURS[role]
             ax.barh(labels, exposed, left=left, color=colour, label=name)
-    for i, row in enumerate(rows):
-        ratio = times_stock(row, outcome["rows"])
-        faster = f"  ({ratio:.2f} x stock)" if row["ours"] and ratio is not None else ""
-        ax.text(p50[i], i, f" {p50[i]:.1f} ms{faster}", va="center", fontsize=9)
-    ax.set_xlim(0, 1.25 * max(p50))
+    for i, ms in enumerate(p50):
+        remark = remarks.get(len(rows) - 1 - i)
+        ax.text(ms, i, f" {ms:.1f} ms" + (f"  ({remark})" if remark else ""), va="center", fontsize=9)
+    ax.set_xlim(0, (1.5 if any(", " in remark for remark in remarks.values()) else 1.3) * max(p50))
     ax.set_xlabel("training step, median (ms; lower is better)")
     ax.spines[["top", "right"]].set_visible(False)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="lower right", frameon=False, fontsize=9)
-    model = outcome["model"]
-    ax.set_title(
-        f"{outcome['parameters']['total'] / 1e9:.2f} B parameters, {outcome['world_size']} x "
-        f"{outcome['machine']['device']}, EP={model['ep_size']}, {outcome['settings']['dtype']}",
-        fontsize=10,
-    )
+    ax.set_title(title, fontsize=10)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

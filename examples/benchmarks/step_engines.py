@@ -104,7 +104,7 @@ def join() -> torch.device:
     accelerator, local_rank = get_accelerator(), int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() == "cuda":
         accelerator.set_device(local_rank)
-    else:
+    elif "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // world_size()))
     deepspeed.init_distributed(verbose=False)

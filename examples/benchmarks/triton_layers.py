@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import torch
 import tuning
-from layers import Bench, Layer
+from layers import Bench, CannotRun, Layer, Parts
 from torch import Tensor
 from torch.nn import functional as F
 from weights import leaf
@@ -59,19 +60,39 @@ def scattermoe(bench: Bench) -> Layer:
 
 
 def flashfusedmoe(bench: Bench, calibrated: bool = False) -> Layer:
-    """Its function as its MoELayer calls it. Padded buffers: twice the mean load by default, or 1.1 x the observed
-    maximum when calibrated, which is how its own benchmark runs."""
-    from flashfusemoe import fused_moe
+    """Its MoELayer. Padded buffers: twice the mean load by default, or 1.1 x the observed maximum when calibrated,
+    which is how its own benchmark runs. Between ranks the buffers are ep_size times as large, as the load is.
 
-    weights, shape = bench.weights, bench.shape
-    params = [leaf(weights.gate), leaf(weights.gate_up), leaf(weights.down)]
-    limit = int(1.1 * bench.max_load) if calibrated else None
-    default_limit = 2 * -(-shape.N // shape.E)
-    overflows = not calibrated and bench.max_load > default_limit
+    Its exchange sends expert ids as bfloat16, which is exact up to 256 experts. Between ranks its backward leaves out
+    what the experts' input gets, so only the output can be exact."""
+    from flashfusemoe import MoELayer
 
-    def run(x_TD: Tensor) -> Tensor:
-        gate, gate_up, down = params
-        return fused_moe(x_TD, gate, gate_up, down, shape.K, max_tokens_per_expert=limit, allow_dropped_tokens=True)[0]
-
-    note = f"{limit if calibrated else default_limit} rows per expert" + (", which overflow here" if overflows else "")
-    return Layer(run, params, note, exact=not overflows)
+    weights, shape, parallel = bench.weights, bench.shape, bench.ep_size > 1
+    if parallel and shape.E > 256:
+        raise CannotRun(f"sends expert ids as bfloat16, exact up to 256 experts; here are {shape.E}")
+    default = 2 * -(-shape.N // shape.E)
+    room = (int(1.1 * bench.max_load) if calibrated else default) * bench.ep_size
+    with torch.device("meta"):
+        layer = MoELayer(
+            shape.D,
+            2 * shape.F,
+            shape.E,
+            shape.K,
+            max_tokens_per_expert=room if calibrated else None,
+            allow_dropped_tokens=True,
+        )
+    layer.gate.weight = leaf(weights.gate)
+    layer.w_up, layer.w_down = leaf(weights.gate_up), leaf(weights.down)
+    bench.meet()
+    if parallel:
+        layer.shard_experts(bench.group)
+    overflows = bench.max_load * bench.ep_size > room
+    note = f"{room} rows per expert" + (", which overflow here" if overflows else "")
+    note += "; omits the experts' part of the input's gradient" if parallel else ""
+    return Layer(
+        lambda x_TD: layer(x_TD)[0],
+        list(layer.parameters()),
+        note,
+        exact=not (overflows or parallel),
+        parts=Parts(layer.gate.weight, layer.expert_params, averaged=parallel, room=room),
+    )

@@ -6,6 +6,7 @@ Layers with the same layout share memory: DeepSeek-V3's experts are 21 GiB, and 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -19,17 +20,24 @@ def leaf(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach())
 
 
+@dataclass
 class Weights:
-    """gate [E, D], gate_up [E, 2F, D] with gate rows above up rows, down [E, D, F]; entries of variance 1 / fan-in."""
+    """gate [E, D], gate_up [E, 2F, D] with gate rows above up rows, down [E, D, F]."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> None:
+    gate: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+    @classmethod
+    def random(cls, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Weights:
+        """Entries of variance 1 / fan-in, and a gate with which inputs can be steered (routing.py)."""
+
         def normal(*size: int) -> Tensor:
             empty = torch.empty(size, dtype=dtype, device=generator.device)
             return empty.normal_(std=size[-1] ** -0.5, generator=generator)
 
-        self.gate = make_gate(shape, dtype, generator)
-        self.gate_up = normal(shape.E, 2 * shape.F, shape.D)
-        self.down = normal(shape.E, shape.D, shape.F)
+        gate = make_gate(shape, dtype, generator)
+        return cls(gate, normal(shape.E, 2 * shape.F, shape.D), normal(shape.E, shape.D, shape.F))
 
     @cached_property
     def separate(self) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 HELD_OUT = 0.05
+# Some text that is always there and quickly read.
+SMALL_TEXT = str(Path(__file__).resolve().parents[2] / "LICENSE")
 # Tests, installed packages and caches are not part of the standard library's text.
 STDLIB_SKIP = frozenset({"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"})
 

@@ -7,17 +7,16 @@ L MoE layers, E experts of a layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from deepspeed.moe.utils import is_moe_param
 from torch import Tensor, nn
 
 from flashfusemoe_ds import MoE
-
-VOCAB = 256
+from lm.layers import VOCAB, CausalAttention, SwiGLU, rope_tables
 
 
 @dataclass(frozen=True)
@@ -58,66 +57,28 @@ class LMOutput(NamedTuple):
     counts_LE: Tensor  # routes that this rank sent to each expert of each MoE layer
 
 
-class SwiGLU(nn.Module):
-    """w_down(silu(w_gate x) * w_up x): the dense MLP of the first layer, and the expert of all others."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.w_gate = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.w_up = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.w_down = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
-
-
-def rope_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [S, C / 2]. Not buffers: a bf16 engine would round buffers, and with them the positions."""
-    inv_freq = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inv_freq)
-    return angle.cos(), angle.sin()
-
-
-def apply_rope(x_BHSC: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = rope
-    first, second = x_BHSC.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BHSC.dtype)
-
-
-class CausalAttention(nn.Module):
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        B, S, D = x_BSD.shape
-        q, k, v = self.qkv(x_BSD).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        mixed_BHSC = F.scaled_dot_product_attention(apply_rope(q, rope), apply_rope(k, rope), v, is_causal=True)
-        return self.out(mixed_BHSC.transpose(1, 2).reshape(B, S, D))
+def dropless_moe(cfg: LMConfig, expert: nn.Module | None = None) -> MoE:
+    """Every byte reaches its top_k experts, SwiGLUs unless told otherwise, and no choice is random."""
+    return MoE(
+        cfg.hidden_size,
+        SwiGLU(cfg.hidden_size, cfg.expert_size) if expert is None else expert,
+        num_experts=cfg.num_experts,
+        ep_size=cfg.ep_size,
+        k=cfg.top_k,
+        drop_tokens=False,
+        use_rts=False,
+        top2_2nd_expert_sampling=False,
+    )
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: LMConfig, is_moe: bool) -> None:
+    def __init__(self, cfg: LMConfig, moe: nn.Module | None) -> None:
         super().__init__()
-        self.is_moe = is_moe
+        self.is_moe = moe is not None
         self.attention_norm = nn.RMSNorm(cfg.hidden_size, eps=1e-5)
         self.attention = CausalAttention(cfg.hidden_size, cfg.num_heads)
         self.mlp_norm = nn.RMSNorm(cfg.hidden_size, eps=1e-5)
-        if is_moe:
-            self.mlp = MoE(
-                cfg.hidden_size,
-                SwiGLU(cfg.hidden_size, cfg.expert_size),
-                num_experts=cfg.num_experts,
-                ep_size=cfg.ep_size,
-                k=cfg.top_k,
-                drop_tokens=False,
-                use_rts=False,
-                top2_2nd_expert_sampling=False,
-            )
-        else:
-            self.mlp = SwiGLU(cfg.hidden_size, cfg.mlp_size)
+        self.mlp = SwiGLU(cfg.hidden_size, cfg.mlp_size) if moe is None else moe
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope)
@@ -129,15 +90,19 @@ class Block(nn.Module):
 
 
 class ByteLM(nn.Module):
-    """Next-byte prediction: int64 [B, S] in, `LMOutput` out."""
+    """Next-byte prediction: int64 [B, S] in, `LMOutput` out.
 
-    def __init__(self, cfg: LMConfig) -> None:
+    Args:
+        moe: makes the MoE layer of a block; a layer with the interface of deepspeed.moe.layer.MoE.
+    """
+
+    def __init__(self, cfg: LMConfig, moe: Callable[[LMConfig], nn.Module] = dropless_moe) -> None:
         super().__init__()
         self.cfg = cfg
         # torch's default of unit variance stays: with 0.02 the untrained attention drowns which byte is where, and
         # learning starts later.
         self.embedding = nn.Embedding(VOCAB, cfg.hidden_size)
-        self.blocks = nn.ModuleList(Block(cfg, is_moe=i > 0) for i in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(Block(cfg, moe(cfg) if i else None) for i in range(cfg.num_layers))
         self.norm = nn.RMSNorm(cfg.hidden_size, eps=1e-5)
         # Zero weights: training starts at exactly ln(256) nats per byte, the loss of a uniform guess.
         self.head = nn.Linear(cfg.hidden_size, VOCAB, bias=False)

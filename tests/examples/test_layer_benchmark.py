@@ -136,7 +136,7 @@ def test_reference_against_autograd(bench: ModuleType) -> None:
     shapes, weights, make, reference = map(importlib.import_module, ("shapes", "weights", "routing", "reference"))
     shape = shapes.Shape("toy", T=40, D=16, F=8, E=6, K=2)
     generator = torch.Generator().manual_seed(0)
-    w = weights.Weights(shape, torch.float32, generator)
+    w = weights.Weights.random(shape, torch.float32, generator)
     x_TD, _ = make.make_input(shape, w.gate, "zipf", generator)
     dout_TD = torch.randn(x_TD.shape, generator=generator)
     out, dx = reference.reference(x_TD, dout_TD, w, shape.K)
