@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_docs import blocks
+
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "examples" / "lm" / "README.md"
+COMMAND = "deepspeed --num_gpus 2 examples/train_lm.py --deepspeed_config ds_configs/cpu_zero1.json"
 SMALL = ["--num_layers", "2", "--hidden_size", "32", "--mlp_size", "48", "--num_experts", "4", "--expert_size", "24",
          "--context", "32", "--steps", "6", "--warmup_steps", "2", "--log_every", "1", "--eval_every", "3",
          "--eval_batches", "2", "--save_every", "3", "--sample_bytes", "20"]  # fmt: skip
@@ -24,8 +28,8 @@ def train(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[st
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     return subprocess.run(
-        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", port,
-         "examples/train_lm.py", "--deepspeed_config", "ds_configs/cpu_zero1.json", *SMALL, *arguments],
+        [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port,
+         *COMMAND.replace("--num_gpus 2", f"--num_gpus {processes}").split()[1:], *SMALL, *arguments],
         cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=240,
     )  # fmt: skip
@@ -55,6 +59,11 @@ def test_run_and_exact_resume(tmp_path: Path) -> None:
     for kind in ("train", "eval"):
         for a, b in zip(resumed["history"][kind], expected["history"][kind], strict=True):
             assert (a["step"], a["loss"]) == (b["step"], b["loss"])
+
+
+def test_the_commands_of_the_page() -> None:
+    commands = [line for code in blocks(PAGE, "sh") for line in code.splitlines()]
+    assert commands == ["make train", COMMAND, f"{COMMAND} --resume"], "test_run_and_exact_resume runs the last two"
 
 
 def test_mistakes_are_said(tmp_path: Path) -> None:
