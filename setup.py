@@ -13,6 +13,8 @@ PLOT = ["matplotlib>=3.7", "tqdm>=4.60"]
 # Where AutoEP of deepspeed 0.19.8 trains what Transformers trains: docs/autoep.md.
 HF = ["transformers>=5.6,<5.23"]
 TRAINER = ["accelerate>=1.1", "peft>=0.21"]
+# The site: docs/. MkDocs 2 takes no plugins, and Material for MkDocs ends with it.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.28,<2"]
 TEST = ["pytest>=7", "pytest-timeout>=2", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.6"]
 
 setup(
@@ -28,5 +30,5 @@ setup(
     python_requires=">=3.10",
     # pydantic comes with deepspeed, whose own config models are built on it.
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'", "deepspeed>=0.19.8"],
-    extras_require={"hf": HF, "examples": PLOT, "dev": HF + TRAINER + PLOT + TEST},
+    extras_require={"hf": HF, "examples": PLOT, "docs": DOCS, "dev": HF + TRAINER + PLOT + TEST + DOCS},
 )

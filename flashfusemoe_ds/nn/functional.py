@@ -80,7 +80,8 @@ def fused_moe(
         gate_weight: [E, D]; logits are computed in float32.
         w_up: [E, 2F, D], gate rows above up rows, for a gated activation; [E, F, D] for a plain one.
         w_down: [E, D, F].
-        top_k, activation, gating, aux_loss_coeff, z_loss_coeff, recompute_activations, gemm_backend: as in MoELayer.
+
+    The other arguments are those of MoELayer.
 
     Returns:
         Output [*, D] in the input's dtype (autocast's where that is on), and the losses whose coefficient is positive.

@@ -53,8 +53,10 @@ class MoELayer(nn.Module):
         max_tokens_per_expert: the same limit as a number; with both, the smaller holds.
         allow_dropped_tokens: whether routes over the limit are dropped (smallest weights first). If not, exceeding it
             raises RuntimeError on every rank.
-        aux_loss_coeff, z_loss_coeff: `losses` holds "aux_loss" and "z_loss", times these, only where positive.
+        aux_loss_coeff: where positive, `losses` holds "aux_loss", the load-balancing loss times this.
+        z_loss_coeff: where positive, `losses` holds "z_loss", the router's z-loss times this.
         recompute_activations: keep only the experts' input for the backward.
+        gemm_backend: "triton", "grouped_mm" or "reference"; None for the fastest that runs on the operands.
 
     Initialisation: gate kaiming_uniform times 0.01, every expert's matrices kaiming_uniform on their own.
     """
