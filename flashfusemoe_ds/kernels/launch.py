@@ -5,13 +5,14 @@
 kernel's globals before it launches: 35 to 90 us for these kernels, 13 of which make a layer's step, which on small
 layers is more than the GPU needs. `launch` builds a smaller key and calls the compiled kernel itself: some 10 us.
 
-The memo holds compiled kernels alone, as Triton's own does; it never decides what is computed.
+The memo holds compiled kernels, as Triton's own does, and TMA descriptors, which say no more than an address, a shape
+and a block. It never decides what is computed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 _TRITON_3_6 = triton.__version__.startswith("3.6.")
+MOST_DESCRIPTORS = 256  # kept per kernel; a training step's addresses come back
 
 
 @dataclass(slots=True)
@@ -54,33 +56,74 @@ class Descriptor:
         return GluonDescriptor(self.base, shape, strides, block, self.layout)
 
 
+class _Below:
+    """What lies below a compiled kernel's `[grid]` in Triton 3.6: of its 8 us a launch, 4 are spent above this. Another 3
+    go into every TMA descriptor, which Triton makes anew each time; here it is looked up by what it is made from."""
+
+    def __init__(self, compiled: CompiledKernel) -> None:
+        launcher = compiled.run
+        self.launch = launcher.launch
+        self.fixed = compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None
+        self.fixed += compiled.packed_metadata, None, None, None
+        self.get_stream = driver.active.get_current_stream
+        # Kernels that take descriptors are launched by a function around the launcher, which makes them.
+        around = inspect.getclosurevars(self.launch).nonlocals if inspect.isfunction(self.launch) else {}
+        self.blocks: list[Any] = []
+        if None not in (around.get("tensordesc_meta") or [None]):
+            self.launch, self.blocks = around["launcher"], around["tensordesc_meta"]
+        self.made: dict[tuple[Any, ...], list[Any]] = {}
+
+    def __call__(self, grid: tuple[int, int, int], device: int, args: list[Any], constexprs: tuple[Any, ...]) -> None:
+        if self.blocks:
+            args = self._with_descriptors(args)
+        self.launch(*grid, self.get_stream(device), *self.fixed, *args, *constexprs)
+
+    def _with_descriptors(self, args: list[Any]) -> list[Any]:
+        out: list[Any] = []
+        index = 0
+        for a in args:
+            if type(a) is not Descriptor:
+                out.append(a)
+                continue
+            key = index, a.base.data_ptr(), a.shape, a.strides, a.padding
+            made = self.made.get(key)
+            if made is None:
+                from triton.backends.nvidia.driver import make_tensordesc_arg
+
+                if len(self.made) >= MOST_DESCRIPTORS:
+                    self.made.clear()
+                made = self.made[key] = make_tensordesc_arg(a, self.blocks[index])
+            out += made
+            index += 1
+        return out
+
+
 @dataclass(slots=True)
 class _Known:
     kernel: Any  # kept, since the memo's key has its id
     compiled: CompiledKernel
     constexprs: tuple[Any, ...]  # in the order of the signature
-    direct: Callable[..., None] | None
+    below: _Below | None
 
     def fire(self, grid: tuple[int, ...], args: list[Any], device: int) -> None:
-        x, y, z = (*grid, 1, 1)[:3]
-        runtime = knobs.runtime
-        if self.direct is None or runtime.launch_enter_hook is not None or runtime.launch_exit_hook is not None:
-            self.compiled[(x, y, z)](*args, *self.constexprs)
-            return
-        compiled, launcher = self.compiled, self.compiled.run
-        self.direct(
-            x, y, z, driver.active.get_current_stream(device), compiled.function, launcher.launch_cooperative_grid,
-            launcher.launch_pdl, None, None, compiled.packed_metadata, None, None, None, *args, *self.constexprs,
-        )  # fmt: skip
+        grid = (*grid, 1, 1)[:3]
+        if self.below is None or _is_hooked():
+            self.compiled[grid](*args, *self.constexprs)
+        else:
+            self.below(grid, device, args, self.constexprs)
 
 
-def _direct(compiled: CompiledKernel) -> Callable[..., None] | None:
-    """What lies below the compiled kernel's `[grid]` in Triton 3.6, for kernels without scratch memory: of its 8 us a
-    launch, 4 are spent above this. None for other versions, which have other launchers."""
-    launcher = compiled.run
-    if not _TRITON_3_6 or launcher.global_scratch_size or launcher.profile_scratch_size:
+def _is_hooked() -> bool:
+    """Whether somebody, a profiler, wants to be called at launches. Triton 3.6 has empty chains where nobody does."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _below(compiled: CompiledKernel) -> _Below | None:
+    """None for other versions, which have other launchers, and for kernels with scratch memory."""
+    if not _TRITON_3_6 or compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
         return None
-    return launcher.launch
+    return _Below(compiled)
 
 
 class _Launch:
@@ -136,7 +179,7 @@ class _Launch:
             compiled = self._through_triton(kernel, grid, device, args, num_warps, num_stages, constexprs)
             if compiled is not None and not pointers & 15:
                 ordered = tuple(constexprs[name] for name in kernel.arg_names[len(args) :])
-                self._known[key] = _Known(kernel, compiled, ordered, _direct(compiled))
+                self._known[key] = _Known(kernel, compiled, ordered, _below(compiled))
             return
         known.fire(grid, values, index)
 
