@@ -57,8 +57,8 @@ class Descriptor:
 
 
 class _Below:
-    """What lies below a compiled kernel's `[grid]` in Triton 3.6: of its 8 us a launch, 4 are spent above this. Another 3
-    go into every TMA descriptor, which Triton makes anew each time; here it is looked up by what it is made from."""
+    """What lies below a compiled kernel's `[grid]` in Triton 3.6. A launch takes 8 us there, 4 of them above this, and
+    3 more for every TMA descriptor, made anew each time; here it is looked up by what it is made from."""
 
     def __init__(self, compiled: CompiledKernel) -> None:
         launcher = compiled.run
