@@ -18,6 +18,7 @@ columns: neighbours, or gate and up of the same 128. A step reads 48 KiB for 2 *
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -29,10 +30,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashfusemoe_ds.kernels import triton_curves
 
-# Triton 3.6 to 3.8 call the copies by their first names, 3.9 by these.
+# The names are Triton 3.9's; 3.6 to 3.8 have those on the right.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+@builtin
+def reinterpret(block, dtype, shape, layout, _semantic=None):
+    """The same shared memory as another shape; Triton 3.6 to 3.8 have the method under a private name."""
+    method = getattr(type(block), "reinterpret", None) or type(block)._reinterpret
+    return method(block, dtype, shape, layout, _semantic=_semantic)
+
 
 BLOCK_M = gl.constexpr(128)
 HALF_M = gl.constexpr(64)
@@ -50,6 +59,10 @@ MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 
 # 16-bit operands in 128-byte swizzled rows of 64: what TMA writes and wgmma reads without bank conflicts.
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16))
+
+# How a consumer reads and writes global memory: 16 bytes a thread, whole rows of 128 or 64 columns.
+WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
 _curve = gluon.jit(triton_curves.curve.fn)
 _curve_and_slope = gluon.jit(triton_curves.curve_and_slope.fn)
@@ -138,9 +151,9 @@ def multiply(
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
     if B_TRANSPOSED:
-        pairs = wide._reinterpret(wide.dtype, [STAGES, 2 * BLOCK_N, BLOCK_K], SWIZZLED)
+        pairs = reinterpret(wide, wide.dtype, [STAGES, 2 * BLOCK_N, BLOCK_K], SWIZZLED)
     else:
-        pairs = wide._reinterpret(wide.dtype, [STAGES, BLOCK_K, 2 * BLOCK_N], SWIZZLED)
+        pairs = reinterpret(wide, wide.dtype, [STAGES, BLOCK_K, 2 * BLOCK_N], SWIZZLED)
     acc = gl.zeros((HALF_M, 2 * BLOCK_N), gl.float32, ACC)
     for k in range(k_steps):
         s = step % STAGES

@@ -64,8 +64,8 @@ class HopperProducts(TritonProducts):
     ) -> tuple[Tensor, Tensor]:
         first, second = w_up if isinstance(w_up, tuple) else (w_up, w_up)
         apart = second is not first
-        _, rows, d = first.shape
-        up_width = 2 * rows if apart else rows
+        _, w_rows, d = first.shape
+        up_width = 2 * w_rows if apart else w_rows
         f = up_width // 2 if activation.gated else up_width
         if f % 8 or not order.num_routes or not self.takes(x_RD, first, second):
             return super().up(x_RD, order, w_up, b_up_eH, weight_RK, activation)
@@ -90,7 +90,7 @@ class HopperProducts(TritonProducts):
             column_tiles,
             d // 8,
             f // 8,
-            rows,
+            w_rows,
             GATHER=True,
             W_TRANSPOSED=True,
             ACTIVATE=True,

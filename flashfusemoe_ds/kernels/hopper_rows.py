@@ -19,9 +19,11 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
     CONSUMER_REGS,
     HALF_M,
     MMA,
+    NARROW,
     PRODUCER_REGS,
     STAGES,
     SWIZZLED,
+    WIDE,
     column_halves,
     cp_async,
     curve,
@@ -36,9 +38,6 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
     wait_empty,
 )
 
-# How a consumer reads and writes global memory: 16 bytes a thread, whole rows of 128 or 64 columns.
-WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
-NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 SLICE_M = gl.constexpr(16)  # rows and columns of dgated's epilogue at a time
 SLICE_N = gl.constexpr(64)
 
@@ -89,7 +88,10 @@ def produce(
     APART: gl.constexpr,
     EVEN_K: gl.constexpr,
 ):
-    """Loads A's rows and two blocks of W for every step of every tile of this program."""
+    """Loads A's rows and two blocks of W for every step of every tile of this program.
+
+    PAIRED: the second block is `second` rows of W after the first; otherwise the next 128 rows, or columns.
+    """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     num_tiles = gl.load(num_tiles_1)
     rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
@@ -321,9 +323,9 @@ def rows_kernel(
     dtype: gl.constexpr = out.dtype.element_ty
     K = K8 * 8
     W = W8 * 8
-    second = W
+    second = W  # rows of W from a gate's to its up's
     if APART:
-        second = W * 0
+        second = W * 0  # the same row of the other tensor; a plain 0 would be of another type
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], SWIZZLED)
     if W_TRANSPOSED:
         b_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_N, BLOCK_K], SWIZZLED)

@@ -19,13 +19,16 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
     BLOCK_K,
     BLOCK_N,
     HALF_M,
+    NARROW,
     STAGES,
     SWIZZLED,
+    WIDE,
     column_halves,
     cp_async,
     grouped,
     make_barriers,
     multiply,
+    reinterpret,
     through_shared,
     tma_load,
     tma_store,
@@ -35,10 +38,6 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
 # Here the producer computes the addresses of a whole stage; with 56 registers it spills and takes 4 % longer.
 PRODUCER_REGS = gl.constexpr(80)
 CONSUMER_REGS = gl.constexpr(216)
-
-# How a consumer writes global memory: 16 bytes a thread, whole rows of 128 or 64 columns.
-WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
-NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
 
 @gluon.jit
@@ -218,7 +217,7 @@ def consume(
                 r = m * (2 * BLOCK_N) + turned_rows
                 c = n * (2 * HALF_M) + HALF * HALF_M + turned_columns
                 p = matrix + r.to(gl.int64)[:, None] * N + c[None, :]
-                turned = buffer._reinterpret(buffer.dtype, [BLOCK_N, HALF_M], SWIZZLED)
+                turned = reinterpret(buffer, buffer.dtype, [BLOCK_N, HALF_M], SWIZZLED)
                 turned.permute((1, 0)).store(acc0.to(buffer.dtype))
                 gl.store(p, turned.load(NARROW), mask=(r < M)[:, None] & (c < N)[None, :])
                 r += BLOCK_N
