@@ -504,7 +504,7 @@ def consume_dgated(
         gl.store(ds_tile + rows + 3 * SLICE_M, ds3, mask=rows + 3 * SLICE_M < stop)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_routes"])
 def dgated_kernel(
     dout_RD,
     w_desc,

@@ -42,7 +42,7 @@ def _is_owner(expert, ranks, NUM_LOCAL: tl.constexpr, P: tl.constexpr):
     return (rank[:, None] == ranks[None, :]) & (ranks[None, :] < P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _count_kernel(
     idx_ptr,
     totals_ptr,
@@ -88,7 +88,7 @@ def _first_slots(blocks_ptr, block, num_blocks, ranks, P: tl.constexpr, BLOCK_P:
     return tl.cumsum(total, 0) - total + before
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _place_kernel(
     idx_ptr,
     weights_ptr,
@@ -140,7 +140,7 @@ def _place_kernel(
             tl.store(line + WEIGHT_WORDS + k, local, mask=hit > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _spread_kernel(
     x_ptr,
     slot_ptr,

@@ -81,7 +81,7 @@ def _sum_rows(
     tl.store(out_ptr + out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_routes", "partial_programs"])
 def _gather_sum_kernel(
     y_ptr,
     pos_ptr,

@@ -37,7 +37,7 @@ def _load_keys(idx_ptr, offsets, end, NUM_EXPERTS: tl.constexpr):
     return tl.where(offsets < end, key, NUM_EXPERTS + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries"])
 def _count_kernel(
     idx_ptr,
     counts_ptr,
@@ -164,7 +164,7 @@ def _describe_experts(
         tl.store(tiles_ptr + first + unused, tl.zeros_like(unused), mask=first + unused < 4 * max_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_blocks", "num_routes", "max_tiles"])
 def _scatter_kernel(
     idx_ptr,
     counts_ptr,

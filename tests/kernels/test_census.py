@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -77,3 +78,12 @@ def test_every_kernel_has_its_instructions(rows: list[dict]) -> None:
 def test_shared_memory_fits(rows: list[dict]) -> None:
     too_much = [row for row in rows if row["shared"] > SHARED_LIMIT[row["capability"]]]
     assert not too_much
+
+
+def test_another_number_of_rows_compiles_nothing_again() -> None:
+    """Ranks had steps of a second, among steps of 0.2, whenever a size was for the first time a multiple of 16."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.recompiled"]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert re.fullmatch(r"20 launches at .* rows\n", run.stdout), run.stdout
