@@ -28,6 +28,7 @@ CI = ".ci/run"
 CONVERT = ("tests/ds/test_convert.py", r"^python -m flashfusemoe_ds.convert_checkpoint")
 EXAMPLES_TEST = "tests/examples/test_examples.py"
 LAUNCHED = ("tests/examples/test_train_lm.py", "deepspeed.launcher.runner")
+TRAINER = "deepspeed --num_gpus 2 train.py --deepspeed ds_configs/trainer_zero2.json --output_dir out --max_steps 20"
 
 RUN = {
     "make setup": ("Makefile", "test: lint"),
@@ -47,10 +48,8 @@ RUN = {
     "deepspeed examples/train_lm.py --deepspeed_config ds_configs/<file>": LAUNCHED,
     "deepspeed --num_gpus 2 examples/train_lm.py --deepspeed_config ds_configs/cpu_zero1.json": LAUNCHED,
     "deepspeed --num_gpus 2 examples/train_lm.py --deepspeed_config ds_configs/cpu_zero1.json --resume": LAUNCHED,
-    "deepspeed --num_gpus 2 train.py --deepspeed ds_configs/trainer_zero2.json --output_dir out --max_steps 20": (
-        "tests/hf/test_trainer.py",
-        "*command.split()[1:]",
-    ),
+    TRAINER: ("tests/hf/test_trainer.py", 'f"{on_gpus} --use_cpu"'),
+    f"{TRAINER} --use_cpu": ("tests/hf/test_trainer.py", "*on_cpus.split()[1:]"),
     "torchrun --nproc_per_node 2 examples/benchmarks/seed_lm.py --size toy --batch 2 --compile_backend aot_eager": (
         "tests/examples/test_seed_lm.py",
         'torchrun("seed_lm.py", *TOY',

@@ -64,7 +64,7 @@ from device_trace import BACKWARD, FORWARD, OPTIMIZER, Kernel, Role, num_steps
 from intervals import length
 from machine import describe
 from report import heading
-from step import DTYPES, _command, quiet_libraries, say
+from step import DTYPES, command, quiet_libraries, say
 from step_engines import check_backend, group_names, join, world_size
 from step_report import percentile, times_stock
 from timed_steps import TimedSteps, between_ms, now, take_turns
@@ -523,7 +523,7 @@ def main(argv: list[str] | None = None) -> int:
     outcome: dict[str, Any] = {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(),
+        "command": command(),
         "machine": describe(device),
         "world_size": dist.get_world_size(),
         "model": args.model,

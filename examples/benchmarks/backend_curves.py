@@ -43,7 +43,7 @@ from lm.data import Corpus, load_corpus
 from lm.model import ByteLM, LMConfig, parameter_counts, parameter_groups
 from lm.small import train
 from machine import describe
-from step import _command, quiet_libraries, say
+from step import command, quiet_libraries, say
 from step_engines import check_backend, join, world_size
 from torch import nn
 
@@ -206,6 +206,7 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
         apart = [abs(a - b) for a, b in zip(curves[name], curves[first], strict=True)]
         right.plot(range(1, 1 + len(apart)), apart, lw=1.2, color=f"C{i}", label=name)
     right.axhline(outcome["settings"]["tolerance"], color="gray", ls=":", lw=1, label="tolerance")
+    right.set_ylim(bottom=-0.04 * right.get_ylim()[1])  # a distance of zero stands above the axis
     right.set(xlabel="optimizer step", ylabel="nats per byte", title=f"Distance from {first}")
     right.legend(frameon=False)
     machine = outcome["machine"]
@@ -236,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     outcome = {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(),
+        "command": command(),
         "machine": describe(device),
         "world_size": dist.get_world_size(),
         "dtype": "bfloat16" if device.type == "cuda" else "float32",

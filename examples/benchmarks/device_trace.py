@@ -40,8 +40,8 @@ MIN_GRADIENT = 256
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 # flashfusemoe_ds's exchange through peer memory, and DeepEP: no collectives by name.
 _PEER_KERNELS = (
-    "_stage_dispatch_kernel", "_plan_kernel", "_fetch_dispatch_kernel", "_stage_rows_kernel", "_fetch_rows_kernel",
-    "_sum_home_kernel",
+    "stage_dispatch_kernel", "plan_kernel", "fetch_dispatch_kernel", "stage_rows_kernel", "fetch_rows_kernel",
+    "sum_home_kernel",
 )  # fmt: skip
 _DEEP_EP = "deep_ep"
 

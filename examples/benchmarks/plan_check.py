@@ -2,10 +2,18 @@
 """Hold `flashfusemoe_ds.plan` against a run: memory and exchange of a Transformers model, planned and measured.
 
     deepspeed --num_gpus 2 examples/benchmarks/plan_check.py --size qwen3 --ep_size 1 2 --stage 1 2
+    deepspeed --num_gpus 2 examples/benchmarks/plan_check.py --size qwen3 --backend symm_mem --calibrate
 
 Trains a model of Qwen3-30B-A3B's shape, cut to a few layers, under AutoEP, and prints a Markdown table on rank 0. What
 is allocated after a step is parameters and optimizer; peaks are those of forward and backward, and of the optimizer's
-step. The plan gets the load that the router really made. `--size toy` runs on CPUs, where there is no memory to read.
+step. The plan gets the load that the router really made.
+
+The exchange that is measured is that of a step: the operations that each layer asked of its transport and the experts
+that its router chose, each operation timed alone (exchange_cost.py). The plan has what operations cost on this machine
+from other batches, half and twice as large, and has to know how many there are and what they weigh. `--calibrate`
+measures these costs alone, with all ranks as one group, and prints them as options of the plan.
+
+`--size toy` runs on CPUs, where there is no memory to read.
 """
 
 from __future__ import annotations
@@ -15,24 +23,30 @@ import gc
 import logging
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import exchange_cost
 import torch
 import torch.distributed as dist
 import transformers
+from exchange_cost import Operation, Sample, calibration, fit, flags, operations, section, times_table
 from step_engines import join
+from torch import Tensor
 
 import flashfusemoe_ds
+from flashfusemoe_ds.dispatch.base import Combined, Dispatcher, Pending
 from flashfusemoe_ds.ds.autoep import FusedAutoEPMoELayer
 from flashfusemoe_ds.plan import BACKENDS, GIB, Plan, Rates, make_plan, read_training
 from flashfusemoe_ds.plan_model import from_transformers
+from flashfusemoe_ds.planning import MoEShape
+from flashfusemoe_ds.types import Dispatched
 
 SIZES: dict[str, dict[str, int]] = {
     "qwen3": {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
@@ -43,7 +57,6 @@ SIZES: dict[str, dict[str, int]] = {
             "vocab_size": 64},
 }  # fmt: skip
 BATCHES = {"qwen3": (2, 4096), "toy": (2, 16)}
-SAMPLES = 20
 
 
 class Line(NamedTuple):
@@ -63,8 +76,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ep_size", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--stage", type=int, nargs="+", default=[1, 2], choices=(0, 1, 2))
     parser.add_argument("--backend", choices=BACKENDS, default="nccl")
+    parser.add_argument("--num_sms", type=int, help="of symm_mem and deep_ep (default: theirs)")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--exchange_gbps", type=float, help="of the plan (default: the plan's own)")
+    parser.add_argument("--calibrate", action="store_true", help="measure what an exchange costs here, and no more")
     parser.add_argument("--local_rank", type=int, default=-1, help="the launcher's")
     return parser.parse_args(argv)
 
@@ -75,22 +89,56 @@ def model_config(size: str, layers: int) -> Any:
     )
 
 
+def moe_shape(size: str) -> MoEShape:
+    sizes = SIZES[size]
+    width = sizes["moe_intermediate_size"]
+    return MoEShape(sizes["hidden_size"], width, 2 * width, sizes["num_experts"], sizes["num_experts_per_tok"])
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def ds_config(args: argparse.Namespace, stage: int, ep_size: int, device: torch.device) -> dict[str, Any]:
     batch, length = BATCHES[args.size]
     cuda = device.type == "cuda"
     fused = {"fused": True} if cuda else {}
-    section: dict[str, Any] = {"ep_backend": args.backend}
-    if args.backend != "nccl":
-        section[args.backend] = {"max_tokens_per_rank": batch * length}
     return {
         "train_micro_batch_size_per_gpu": batch,
         "bf16": {"enabled": cuda},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True, **fused}},
         "zero_optimization": {"stage": stage},
         "expert_parallel": {"enabled": True, "autoep_size": ep_size},
-        "flashfusemoe": section,
+        "flashfusemoe": section(args.backend, batch * length, args.num_sms),
         "steps_per_print": 1_000_000_000,
     }
+
+
+class Recorder:
+    """A layer's transport, which notes what is asked of it.
+
+    Attributes:
+        counts: of operations, by the names of planning.Exchanges.
+        idx_TK: the experts of the last dispatch.
+    """
+
+    def __init__(self, transport: Dispatcher) -> None:
+        self.transport, self.name, self.ep_size = transport, transport.name, transport.ep_size
+        self.counts: Counter[str] = Counter()
+        self.idx_TK: Tensor | None = None
+
+    def start_dispatch(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Pending[Dispatched]:
+        self.counts["dispatch"] += 1
+        self.idx_TK = idx_TK.detach()
+        return self.transport.start_dispatch(x_TD, idx_TK, weight_TK)
+
+    def start_redispatch(self, x_TD: Tensor, handle: Any) -> Pending[Tensor]:
+        self.counts["redispatch"] += 1
+        return self.transport.start_redispatch(x_TD, handle)
+
+    def start_combine(self, y_RD: Tensor, handle: Any, weight_RK: Tensor | None = None) -> Combined:
+        self.counts["combine" if weight_RK is None else "combine_grads"] += 1
+        return self.transport.start_combine(y_RD, handle, weight_RK)
 
 
 class Case:
@@ -103,9 +151,10 @@ class Case:
         self.batch, self.length = BATCHES[args.size]
         self.before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         torch.manual_seed(0)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with device:
-            model = transformers.AutoModelForCausalLM.from_config(model_config(args.size, args.layers), dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_config(
+                model_config(args.size, args.layers), dtype=dtype_on(device)
+            )
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.engine, *_ = flashfusemoe_ds.initialize(
@@ -115,15 +164,10 @@ class Case:
 
     def measured_memory(self) -> list[float | None]:
         """GiB after a step, at most in forward and backward, at most in the optimizer's step: the largest rank's."""
-        vocabulary = SIZES[self.args.size]["vocab_size"]
-        generator = torch.Generator().manual_seed(dist.get_rank())
-        ids = torch.randint(vocabulary, (self.batch, self.length), generator=generator).to(self.device)
         found: list[float] = []
         for _ in range(3):
             found = [self._allocated()]
-            loss = self.engine(input_ids=ids, labels=ids).loss
-            self.engine.backward(loss)
-            del loss
+            self._forward_backward()
             found.append(self._peak())
             self.engine.step()
             found.append(self._peak())
@@ -132,6 +176,12 @@ class Case:
         largest = torch.tensor(found, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return (largest / GIB).tolist()
+
+    def _forward_backward(self) -> None:
+        vocabulary = SIZES[self.args.size]["vocab_size"]
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        ids = torch.randint(vocabulary, (self.batch, self.length), generator=generator).to(self.device)
+        self.engine.backward(self.engine(input_ids=ids, labels=ids).loss)
 
     def _allocated(self) -> float:
         if self.device.type != "cuda":
@@ -156,34 +206,52 @@ class Case:
         ranks_LP = counts_LE.view(len(self.layers), self.ep_size, -1).sum(2)
         return max(1.0, (ranks_LP.max(1).values / ranks_LP.mean(1)).mean().item())
 
-    def exchange_ms(self) -> float:
-        """Of all layers' exchanges in a step, none of them beside anything else, uniform routes."""
-        sizes, layer = SIZES[self.args.size], self.layers[0]
-        dtype = layer.experts.w2.dtype
-        generator = torch.Generator(self.device).manual_seed(dist.get_rank())
-        tokens, experts, top_k = self.batch * self.length, sizes["num_experts"], sizes["num_experts_per_tok"]
-        idx_TK = torch.rand(tokens, experts, generator=generator, device=self.device).topk(top_k, dim=1)[1]
-        x_TD = torch.zeros(tokens, sizes["hidden_size"], dtype=dtype, device=self.device)
-        weight_TK = torch.ones(tokens, top_k, device=self.device)
-        transport = layer.dispatcher
-        sent = transport.start_dispatch(x_TD, idx_TK, weight_TK).wait()
-        y_RD, weight_RK = sent.x_RD.clone(), torch.where(sent.idx_RK >= 0, sent.weight_RK, 0)
+    @contextmanager
+    def _recorded(self) -> Iterator[list[Recorder]]:
+        """What the layers ask of their transports meanwhile."""
+        recorders = [Recorder(layer.dispatcher) for layer in self.layers]
+        for layer, recorder in zip(self.layers, recorders, strict=True):
+            layer.dispatcher = layer.experts.dispatcher = recorder
+        try:
+            yield recorders
+        finally:
+            for layer, recorder in zip(self.layers, recorders, strict=True):
+                layer.dispatcher = layer.experts.dispatcher = recorder.transport
 
-        def grads_home() -> None:
-            home = transport.start_combine(y_RD, sent.handle, weight_RK)
-            home.weights.wait(), home.rows.wait()
-
-        calls: list[Callable[[], object]] = [
-            lambda: transport.start_dispatch(x_TD, idx_TK, weight_TK).wait(),
-            lambda: transport.start_combine(y_RD, sent.handle).rows.wait(),
-            lambda: transport.start_redispatch(x_TD, sent.handle).wait(),
-            grads_home,
+    def exchange_lines(self) -> tuple[list[Line], str]:
+        """Of all layers' exchanges in a step, none of them beside anything else; and what they cost here."""
+        for layer in self.layers:
+            layer.tokens_per_expert.zero_()
+        with self._recorded() as recorders:
+            self._forward_backward()
+        self.engine.step()
+        skew, shape, dtype = self.skew(), moe_shape(self.args.size), dtype_on(self.device)
+        group, tokens = self.layers[0].ep_group, self.batch * self.length
+        of_step = [
+            (recorder.counts[operation.name], operation)
+            for recorder in recorders
+            for operation in operations(recorder.transport, group, shape, dtype, recorder.idx_TK)
         ]
-        times = [slowest_ms(call, self.device) for call in calls]
-        again = times[0] + times[1] if self.args.gradient_checkpointing else 0.0
-        return len(self.layers) * (sum(times) + again)
+        with calibration(self.args.backend, self.args.num_sms, group, shape, dtype, tokens, self.device) as others:
+            ms = exchange_cost.slowest_ms([*others, *(operation for _, operation in of_step)], self.device)
+        samples = as_samples(others, ms[: len(others)])
+        cost = fit(samples)
+        ms_of_step = ms[len(others) :]
+        megabytes = sum(count * operation.bytes for count, operation in of_step) / 1e6
+        measured = sum(count * each for (count, _), each in zip(of_step, ms_of_step, strict=True))
+        here, usual = (self.plan(skew, rates).wire for rates in (Rates(cost.gbps, cost.fixed_us), None))
+        what = f"exchange per step (skew {skew:.3f})"
+        lines = [
+            Line(self.name, what, "MB", here.exchange / 1e6, megabytes),
+            Line(self.name, f"{what}, calibrated here", "ms", here.exchange_ms + here.exchange_fixed_ms, measured),
+            Line(self.name, f"{what}, the plan's own costs", "ms", usual.exchange_ms + usual.exchange_fixed_ms,
+                 measured),
+        ]  # fmt: skip
+        text = f"{self.name}, us of one exchange; two batches by which it was calibrated, then a step's layers:\n\n"
+        text += times_table(samples + as_samples([operation for _, operation in of_step], ms_of_step))
+        return lines, f"{text}\n\ncalibrated here: {flags(cost)}"
 
-    def plan(self, skew: float) -> Plan:
+    def plan(self, skew: float, rates: Rates | None = None) -> Plan:
         training = read_training(self.config)
         with tempfile.TemporaryDirectory() as folder:
             model_config(self.args.size, self.args.layers).save_pretrained(folder)
@@ -192,11 +260,11 @@ class Case:
             )
         return make_plan(
             subject, training, dist.get_world_size(), self.ep_size, self.args.backend, skew,
-            Rates(self.args.exchange_gbps), self.args.gradient_checkpointing,
+            rates or Rates(), self.args.gradient_checkpointing,
         )  # fmt: skip
 
-    def lines(self) -> list[Line]:
-        """Collective."""
+    def lines(self) -> tuple[list[Line], str]:
+        """Collective. Comparisons, and what was found out for them."""
         memory, skew = self.measured_memory(), self.skew()
         plan = self.plan(skew)
         planned = (plan.memory.after_init, plan.memory.backward_peak, plan.memory.step_peak)
@@ -205,11 +273,10 @@ class Case:
             Line(self.name, f"{what} (skew {skew:.3f})", "GiB", size / GIB, seen)
             for what, size, seen in zip(names, planned, memory, strict=True)
         ]
-        if self.ep_size > 1:
-            # The exchange that is timed has uniform routes.
-            planned_ms = self.plan(1.0).wire.exchange_ms
-            lines.append(Line(self.name, "exchange per step", "ms", planned_ms, self.exchange_ms()))
-        return lines
+        if self.ep_size == 1:
+            return lines, ""
+        exchange, found = self.exchange_lines()
+        return lines + exchange, found
 
     def close(self) -> None:
         flashfusemoe_ds.close(self.engine)
@@ -220,30 +287,31 @@ class Case:
             torch.cuda.empty_cache()
 
 
-def slowest_ms(work: Callable[[], object], device: torch.device) -> float:
-    """Median over samples of the slowest rank's time."""
-    times = []
-    token = torch.zeros(1, device=device)
-    cuda = device.type == "cuda"
-    for _ in range(3 + SAMPLES):
-        if cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            torch.cuda._sleep(500_000)  # for the host to get ahead
-        dist.all_reduce(token)  # the ranks leave it together
-        if cuda:
-            start.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            work()
-            times.append(1e3 * (time.perf_counter() - began))
-    slowest = torch.tensor(times[3:], device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return median(slowest.tolist())
+def as_samples(found: list[Operation], ms: list[float]) -> list[Sample]:
+    return [Sample(each.name, each.bytes, taken) for each, taken in zip(found, ms, strict=True)]
+
+
+def calibrate(args: argparse.Namespace, device: torch.device) -> str:
+    """What an exchange between all ranks costs. Collective."""
+    batch, length = BATCHES[args.size]
+    shape, dtype, tokens = moe_shape(args.size), dtype_on(device), batch * length
+    with calibration(args.backend, args.num_sms, dist.group.WORLD, shape, dtype, tokens, device) as found:
+        samples = as_samples(found, exchange_cost.slowest_ms(found, device))
+    return f"us of one exchange:\n\n{times_table(samples)}\n\n{flags(fit(samples))}"
+
+
+def compare(args: argparse.Namespace, device: torch.device) -> str:
+    """Every engine that the arguments name, planned and measured. Collective."""
+    lines: list[Line] = []
+    texts: list[str] = []
+    for ep_size in args.ep_size:
+        for stage in args.stage:
+            case = Case(args, stage, ep_size, device)
+            of_case, text = case.lines()
+            lines += of_case
+            texts += [text] if text else []
+            case.close()
+    return "\n\n".join([table(lines), *texts])
 
 
 def table(lines: list[Line]) -> str:
@@ -251,8 +319,8 @@ def table(lines: list[Line]) -> str:
     for line in lines:
         seen, ratio = "not here", ""
         if line.measured is not None:
-            seen, ratio = f"{line.measured:.2f}", f"{line.planned / line.measured:.3f}"
-        rows.append(f"| {line.case} | {line.what} | {line.unit} | {line.planned:.2f} | {seen} | {ratio} |")
+            seen, ratio = f"{line.measured:.4g}", f"{line.planned / line.measured:.3f}"
+        rows.append(f"| {line.case} | {line.what} | {line.unit} | {line.planned:.4g} | {seen} | {ratio} |")
     return "\n".join(rows)
 
 
@@ -263,19 +331,27 @@ def main(argv: list[str] | None = None) -> int:
     device = join()
     if device.type == "cpu" and args.size != "toy":
         raise ValueError(f"--size is {args.size!r}, which needs GPUs; valid on CPUs: 'toy'")
-    lines: list[Line] = []
-    for ep_size in args.ep_size:
-        for stage in args.stage:
-            case = Case(args, stage, ep_size, device)
-            lines += case.lines()
-            case.close()
+    text = report(args, device)
     if dist.get_rank() == 0:
-        where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-        print(f"{dist.get_world_size()} x {where}, {args.size}, {args.layers} layers, {args.backend}, {versions}\n")
-        print(table(lines), flush=True)
+        print(text, flush=True)
     dist.destroy_process_group()
     return 0
+
+
+def report(args: argparse.Namespace, device: torch.device) -> str:
+    """What is printed. Collective.
+
+    Raises:
+        ValueError: there is nothing to exchange.
+    """
+    world = dist.get_world_size()
+    if args.calibrate and world == 1:
+        raise ValueError("--calibrate measures an exchange between ranks, and there is one; start two or more")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    what = args.size if args.calibrate else f"{args.size}, {args.layers} layers"
+    found = calibrate(args, device) if args.calibrate else compare(args, device)
+    return f"{world} x {where}, {what}, {args.backend}, {versions}\n\n{found}"
 
 
 if __name__ == "__main__":

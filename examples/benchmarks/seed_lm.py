@@ -51,7 +51,7 @@ from ranks import Failed, Failure, Ranks
 from seed_layers import Variant, build_model, expert_loads, kept_bytes, routed_layers, variants
 from seed_model import SIZES, add_model_arguments, model_config, parameter_counts, random_batches
 from seed_report import document, table
-from step import _command, quiet_libraries, say
+from step import command, quiet_libraries, say
 from step_engines import check_backend, group_names, join, world_size
 from timed_steps import TimedSteps, take_turns
 from torch import Tensor
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     outcome = {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(),
+        "command": command(),
         "machine": describe(device),
         "world_size": world,
         "model": asdict(args.model),

@@ -221,7 +221,7 @@ def _can_draw() -> bool:
     return True
 
 
-def _command() -> str:
+def command() -> str:
     """What started these processes, without the arguments that a launcher adds."""
     launcher = ["torchrun", "--nproc_per_node"] if "TORCHELASTIC_RUN_ID" in os.environ else ["deepspeed", "--num_gpus"]
     launcher = [*launcher, str(world_size())] if world_size() > 1 else ["python"]
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     outcome: dict[str, Any] = {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(),
+        "command": command(),
         "machine": describe(device),
         "world_size": dist.get_world_size(),
         "model": asdict(args.model),

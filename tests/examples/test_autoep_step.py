@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,7 @@ from tests.distributed import run_ranks
 pytest.importorskip("transformers", reason="needs transformers: pip install flashfusemoe_ds[hf]")
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
-OWN = {path.stem for path in FOLDER.glob("*.py")}
 TOY = ["--size", "toy", "--rounds", "1", "--steps", "2", "--gradient_clipping", "0"]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports the benchmark's modules by their plain names, as when it runs as a script."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = {name: sys.modules.pop(name) for name in OWN & sys.modules.keys()}
-    yield importlib.import_module
-    for name in OWN & sys.modules.keys():
-        del sys.modules[name]
-    sys.modules.update(before)
 
 
 def _main(rank: int, world_size: int, arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -21,19 +21,7 @@ from tests.distributed import run_ranks
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 TOY = ["--device", "cpu", "--shape", "64,32,16,4,2", "--dtype", "float32", "--rounds", "2"]
-OWN = {path.stem for path in FOLDER.glob("*.py")}
 PICTURES = importlib.util.find_spec("matplotlib") is not None
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a module of the benchmarks by its plain name, as when it runs as a script; forgets it afterwards."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = {name: sys.modules.pop(name) for name in OWN & sys.modules.keys()}
-    yield importlib.import_module
-    for name in OWN & sys.modules.keys():
-        del sys.modules[name]
-    sys.modules.update(before)
 
 
 def columns(table: str) -> list[list[str]]:

@@ -5,28 +5,20 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 TOY = ["--device", "cpu", "--shape", "64,32,16,4,2", "--dtype", "float32", "--rounds", "2"]
-OWN = {path.stem for path in FOLDER.glob("*.py")}
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """layer.py as a module. Its neighbours are imported by their plain names, as when it runs as a script."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = {name: sys.modules.pop(name) for name in OWN & sys.modules.keys()}
-    yield importlib.import_module("layer")
-    for name in OWN & sys.modules.keys():
-        del sys.modules[name]
-    sys.modules.update(before)
+def bench(load: Callable[[str], ModuleType]) -> ModuleType:
+    """layer.py as a module. Its neighbours can be imported by their plain names, too."""
+    return load("layer")
 
 
 def columns(table: str) -> list[list[str]]:

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +21,6 @@ from tests.distributed import run_ranks
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "benchmarks"
-OWN = {path.stem for path in FOLDER.glob("*.py")}
 LAYERS = ["stock", "autoep", "ours", "ours-compile"]
 # Clipping binds: the norm is about 1.
 TOY = ["--size", "toy", "--batch", "2", "--rounds", "2", "--steps", "4", "--gradient_clipping", "0.1",
@@ -111,17 +109,6 @@ def test_curves_of_transports(tmp_path: Path) -> None:
     assert f"| 20 | {curves['nccl'][-1]:.6f} | {curves['ep1'][-1]:.6f} |" in printed
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports the benchmark's modules by their plain names, as when it runs as a script."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = {name: sys.modules.pop(name) for name in OWN & sys.modules.keys()}
-    yield importlib.import_module
-    for name in OWN & sys.modules.keys():
-        del sys.modules[name]
-    sys.modules.update(before)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -20,20 +19,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "examples" / "benchmarks"
-OWN = {path.stem for path in FOLDER.glob("*.py")}
 TOY = ["--size", "toy", "--batch", "2", "--rounds", "2", "--steps", "2", "--gradient_clipping", "0"]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports the benchmark's modules by their plain names, as when it runs as a script."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = {name: sys.modules.pop(name) for name in OWN & sys.modules.keys()}
-    yield importlib.import_module
-    for name in OWN & sys.modules.keys():
-        del sys.modules[name]
-    sys.modules.update(before)
 
 
 def start(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -209,7 +195,7 @@ def test_a_collective_without_its_group(load: Any) -> None:
         "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(...)",
         "ncclDevKernel_SendRecv(...)",
         "void deep_ep::dispatch(...)",
-        "_fetch_rows_kernel",
+        "fetch_rows_kernel",
     )
     events = [{"ph": "X", "cat": "kernel", "name": n, "ts": 0, "dur": 1, "args": {"stream": 7}} for n in names]
     role = device_trace.Role

@@ -165,13 +165,14 @@ def test_what_was_saved_is_plain(runs: dict[str, Any], folder: Path) -> None:
 
 
 def test_the_command_of_the_page(tmp_path: Path) -> None:
-    (command,) = (line for line in "".join(blocks(PAGE, "bash")).splitlines() if line.startswith("deepspeed"))
+    on_gpus, on_cpus = (line for line in "".join(blocks(PAGE, "bash")).splitlines() if line.startswith("deepspeed"))
+    assert on_cpus == f"{on_gpus} --use_cpu"
     (tmp_path / "train.py").write_text(page("trainer.train()"))
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port, *command.split()[1:]]
+    launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port, *on_cpus.split()[1:]]
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     run = subprocess.run(
         launch, cwd=tmp_path, env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": python_path}, text=True,
@@ -180,3 +181,5 @@ def test_the_command_of_the_page(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout
     state = json.loads((tmp_path / "out" / "checkpoint-20" / "trainer_state.json").read_text())
     assert state["global_step"] == 20
+    # 20 steps of 8 rows on each of two ranks are all 320 rows; half of them, if both ranks read the same ones.
+    assert state["train_batch_size"] == 8 and state["epoch"] == 1
