@@ -28,6 +28,7 @@ from flashfusemoe_ds.plan_trace import GradientRule, trace
 from flashfusemoe_ds.planning import (
     MOMENTUM_STATE,
     OPTIMIZER_STATES,
+    ExchangeCost,
     Load,
     MoEShape,
     Optimizer,
@@ -35,6 +36,8 @@ from flashfusemoe_ds.planning import (
     all_gather_bytes,
     all_reduce_bytes,
     exchange_bytes,
+    exchange_counts,
+    exchange_us,
     param_groups,
     state_bytes,
     static_room,
@@ -44,9 +47,13 @@ from flashfusemoe_ds.planning import (
 
 GIB = 2**30
 BACKENDS = ("nccl", "symm_mem", "deep_ep")
-# GB/s that one GPU sends, from docs/expert_parallelism.md and docs/zero_and_checkpoints.md: two H200s of one host.
-EXCHANGE_GBPS = {"nccl": 170.0, "symm_mem": 215.0, "deep_ep": 170.0}
-GRADS_GBPS = 210.0
+# Of two H200s of one host, each backend with its default num_sms: docs/planning.md has the times and how these follow.
+EXCHANGE_COSTS = {
+    "nccl": ExchangeCost(171, (619, 0, 2, 11)),
+    "symm_mem": ExchangeCost(201, (203, 9, 6, 0)),
+    "deep_ep": ExchangeCost(90, (83, 0, 23, 1)),
+}
+GRADS_GBPS = 210.0  # that one GPU sends: docs/zero_and_checkpoints.md
 OUR_BUCKET, THEIR_BUCKET = 1 << 25, 500_000_000  # elements: ours where the config has none, and DeepSpeed's
 
 
@@ -210,6 +217,9 @@ class Wire:
         exchange: dispatch and combine of all layers and micro batches, forward and backward.
         dense_grads, expert_grads: their reduction.
         gathers: updated parameters (ZeRO 1 and 2), or parameters for forward and backward (ZeRO-3).
+        exchange_ms: of the exchange's bytes.
+        exchange_fixed_ms: what its operations take beside that, whatever their size: host, launches, latency.
+        grads_ms: of the bytes of gradients and parameters.
     """
 
     exchange: int
@@ -217,6 +227,7 @@ class Wire:
     expert_grads: int
     gathers: int
     exchange_ms: float
+    exchange_fixed_ms: float
     grads_ms: float
 
 
@@ -244,10 +255,23 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rates:
-    """GB/s that one GPU sends: rows (None: the backend's), and gradients."""
+    """What a machine takes.
 
-    exchange: float | None = None
-    grads: float = GRADS_GBPS
+    Attributes:
+        exchange_gbps, exchange_us: an ExchangeCost's; None: the backend's in EXCHANGE_COSTS.
+        grads_gbps: GB/s of gradients that one GPU sends.
+    """
+
+    exchange_gbps: float | None = None
+    exchange_us: tuple[float, float, float, float] | None = None
+    grads_gbps: float = GRADS_GBPS
+
+    def exchange(self, ep_backend: str) -> ExchangeCost:
+        known = EXCHANGE_COSTS[ep_backend]
+        return ExchangeCost(
+            known.gbps if self.exchange_gbps is None else self.exchange_gbps,
+            known.fixed_us if self.exchange_us is None else self.exchange_us,
+        )
 
 
 def valid_ep_sizes(subject: Subject, gpus: int) -> list[int]:
@@ -333,8 +357,8 @@ def make_plan(
         parameters=numel,
         expert_parameters=sharded,
         memory=memory,
-        wire=_wire(subject, training, loads, groups, gpus, ep_size, ep_backend, rates or Rates(), checkpointing),
-        notes=tuple(_notes(subject, training, ep_size, ep_backend, skew)),
+        wire=_wire(subject, training, loads, groups, gpus, ep_size, ep_backend, rates, checkpointing),
+        notes=tuple(_notes(subject, training, ep_size, ep_backend, skew, rates)),
     )
 
 
@@ -379,12 +403,14 @@ def _wire(
     ep_size: int, ep_backend: str, rates: Rates, checkpointing: bool,
 ) -> Wire:  # fmt: skip
     itemsize, stage = training.dtype.itemsize, training.stage
-    exchange = 0
-    for shape, load in zip(subject.shapes(), loads, strict=True):
-        sizes = exchange_bytes(shape, load.received, itemsize)
-        # Activation checkpointing runs the forward again, and with it the exchange.
-        exchange += sum(sizes) + (sizes.dispatch + sizes.combine if checkpointing else 0)
-    exchange *= training.accumulation
+    exchange, moving_us, fixed_us = 0, 0.0, 0.0
+    if ep_size > 1:
+        cost, counts = rates.exchange(ep_backend), exchange_counts(checkpointing)
+        for shape, load in zip(subject.shapes(), loads, strict=True):
+            sizes = exchange_bytes(shape, load.received, itemsize)
+            exchange += sum(size * count for size, count in zip(sizes, counts, strict=True))
+            moving, fixed = exchange_us(sizes, counts, cost)
+            moving_us, fixed_us = moving_us + moving, fixed_us + fixed
     # At stages 2 and 3 every micro batch's gradients are reduced; before, those of the step.
     times = training.accumulation if stage >= 2 else 1
     dense = [group for group in groups if not group.experts]
@@ -398,25 +424,35 @@ def _wire(
     gathers = {0: 0, 3: 2 * training.accumulation * gathered}.get(stage, gathered)
     grads = (reduced(dense), reduced(experts))
     return Wire(
-        exchange,
+        exchange * training.accumulation,
         *grads,
         gathers,
-        exchange_ms=exchange / (rates.exchange or EXCHANGE_GBPS[ep_backend]) / 1e6,
-        grads_ms=(sum(grads) + gathers) / rates.grads / 1e6,
+        exchange_ms=moving_us * training.accumulation / 1e3,
+        exchange_fixed_ms=fixed_us * training.accumulation / 1e3,
+        grads_ms=(sum(grads) + gathers) / rates.grads_gbps / 1e6,
     )
 
 
-def _notes(subject: Subject, training: Training, ep_size: int, ep_backend: str, skew: float) -> list[str]:
-    factor = training.section.symm_mem.capacity_factor
-    if ep_backend != "symm_mem" or factor is None or ep_size == 1:
+def _notes(
+    subject: Subject, training: Training, ep_size: int, ep_backend: str, skew: float, rates: Rates
+) -> list[str]:
+    if ep_size == 1 or ep_backend == "nccl":
         return []
-    limit = factor * training.section.symm_mem.max_tokens_per_rank
-    if skew * subject.tokens <= limit:
-        return []
-    return [
-        f"symm_mem.capacity_factor {factor:g} has room for {limit / subject.tokens:.2f} times the mean load: "
-        f"at {skew:g} times a step fails"
-    ]
+    notes, settings = [], getattr(training.section, ep_backend)
+    usual = type(settings)().num_sms
+    if settings.num_sms != usual and None in (rates.exchange_gbps, rates.exchange_us):
+        notes.append(
+            f"{ep_backend}.num_sms is {settings.num_sms}, and its exchange was measured with {usual}: "
+            "measure yours, and give --exchange_gbps and --exchange_us"
+        )
+    if ep_backend == "symm_mem" and settings.capacity_factor is not None:
+        limit = settings.capacity_factor * settings.max_tokens_per_rank
+        if skew * subject.tokens > limit:
+            notes.append(
+                f"symm_mem.capacity_factor {settings.capacity_factor:g} has room for {limit / subject.tokens:.2f} "
+                f"times the mean load: at {skew:g} times a step fails"
+            )
+    return notes
 
 
 # --- output ------------------------------------------------------------------------------------------------------
@@ -463,9 +499,13 @@ def render(plans: Sequence[Plan], training: Training, subject: Subject, gpus: in
                 ("parameters", lambda w: w.gathers),
             )
         ),
-        ["ms on the wire per step", *([""] * len(plans))],
-        ["  dispatch and combine", *(f"{p.wire.exchange_ms:.2f}" for p in plans)],
-        ["  gradients, parameters", *(f"{p.wire.grads_ms:.2f}" for p in plans)],
+        ["ms per step, nothing hidden", *([""] * len(plans))],
+        ["  dispatch and combine: wire", *(f"{p.wire.exchange_ms:.2f}" for p in plans)],
+        [
+            "    with fixed costs (host and launches)",
+            *(f"{p.wire.exchange_ms + p.wire.exchange_fixed_ms:.2f}" for p in plans),
+        ],
+        ["  gradients, parameters: wire", *(f"{p.wire.grads_ms:.2f}" for p in plans)],
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -540,6 +580,9 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of a Transformers model")
     parser.add_argument("--optimizer", help="the client's, where the config has none")
     parser.add_argument("--exchange_gbps", type=float, help="GB/s of dispatch and combine (default: by backend)")
+    parser.add_argument("--exchange_us", type=float, nargs=4,
+                        metavar=("DISPATCH", "COMBINE", "REDISPATCH", "COMBINE_GRADS"),
+                        help="microseconds of each exchange beside its bytes (default: by backend)")  # fmt: skip
     parser.add_argument("--grads_gbps", type=float, default=GRADS_GBPS, help="GB/s of gradients (default: 210)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser.parse_args(arguments)
@@ -551,6 +594,8 @@ def read_subject(args: argparse.Namespace, training: Training) -> Subject:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name} is {value}; it must be positive")
+    if any(not 0 <= us < math.inf for us in args.exchange_us or ()):
+        raise ValueError(f"--exchange_us is {' '.join(map(str, args.exchange_us))}; all must be 0 or more")
     if any(not 1 <= skew < math.inf for skew in args.skew):
         raise ValueError(f"--skew is {' '.join(map(str, args.skew))}; a maximum over a mean is 1 or more")
     if args.tokens is not None and args.sequence_length is not None:
@@ -607,7 +652,8 @@ def run(args: argparse.Namespace) -> str:
     sizes = args.ep_size or ([training.autoep_size] if training.autoep_size else valid_ep_sizes(subject, args.gpus))
     own = training.section.ep_backend
     backends = args.backend or (list(BACKENDS) if own == "hybrid" else [own])
-    rates = Rates(args.exchange_gbps, args.grads_gbps)
+    fixed = None if args.exchange_us is None else tuple(args.exchange_us)
+    rates = Rates(args.exchange_gbps, fixed, args.grads_gbps)
     plans = [
         make_plan(subject, training, args.gpus, n, backend, skew, rates, args.gradient_checkpointing)
         for n in sizes

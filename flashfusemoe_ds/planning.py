@@ -6,7 +6,7 @@
     forward_bytes      what it allocates besides, at most
     backward_phases    the same for the backward, step by step
     transport_bytes    buffers that a transport owns             <- dispatch/
-    exchange_bytes     what crosses the wire
+    exchange_bytes     what crosses the wire, exchange_us what it takes
     state_bytes        parameters, gradients, optimizer          <- DeepSpeed's ZeRO
     step_bytes         what the optimizer's step adds
 
@@ -221,7 +221,7 @@ def static_room(shape: MoEShape, ep_size: int, settings: SymmMemConfig) -> tuple
 
 
 class Exchanges(NamedTuple):
-    """Bytes of one layer's four exchanges, in one direction, on the busiest rank."""
+    """Bytes of one layer's four exchanges, in one direction, on the busiest rank. Or how often each is done."""
 
     dispatch: int
     combine: int
@@ -229,11 +229,37 @@ class Exchanges(NamedTuple):
     combine_grads: int
 
 
+class ExchangeCost(NamedTuple):
+    """What exchanges take on a machine, none of them beside anything else: bytes over a rate, and a fixed part.
+
+    Attributes:
+        gbps: GB/s that one GPU receives.
+        fixed_us: microseconds of each operation beyond its bytes, in the order of `Exchanges`: launches, latency, and
+            in a new dispatch the host's wait for the counts.
+    """
+
+    gbps: float
+    fixed_us: tuple[float, float, float, float]
+
+
 def exchange_bytes(shape: MoEShape, num_rows: int, itemsize: int) -> Exchanges:
     """What `num_rows` rows that cross between ranks weigh: each its D elements, with dispatch K ids and K weights of
     four bytes, and with the gradients' way home K weights. Counts, 16 bytes per pair of ranks, are not in here."""
     row, words = num_rows * shape.hidden_size * itemsize, num_rows * shape.top_k * 4
     return Exchanges(row + 2 * words, row, row, row + words)
+
+
+def exchange_counts(checkpointing: bool) -> Exchanges:
+    """How often a layer does each in one micro batch. Activation checkpointing runs the forward again."""
+    forwards = 2 if checkpointing else 1
+    return Exchanges(dispatch=forwards, combine=forwards, redispatch=1, combine_grads=1)
+
+
+def exchange_us(sizes: Exchanges, counts: Exchanges, cost: ExchangeCost) -> tuple[float, float]:
+    """Microseconds of bytes alone, and those of the fixed parts."""
+    moved = sum(size * count for size, count in zip(sizes, counts, strict=True))
+    fixed = sum(us * count for us, count in zip(cost.fixed_us, counts, strict=True))
+    return moved / cost.gbps / 1e3, fixed
 
 
 def all_reduce_bytes(size: int, ranks: int) -> int:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import itertools
 import json
 import os
@@ -13,7 +15,8 @@ import sys
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -23,11 +26,13 @@ from flashfusemoe_ds import MoELayer, plan, planning
 from flashfusemoe_ds.config import FlashFuseMoEConfig
 from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.kernels.experts import experts
+from flashfusemoe_ds.kernels.peer_slab import Slab
 from flashfusemoe_ds.kernels.select import select_products
 from flashfusemoe_ds.plan_model import from_shape, from_transformers
 from flashfusemoe_ds.plan_trace import GradientRule, Ledger, trace
 from flashfusemoe_ds.planning import MoEShape, Optimizer, expected_load
 from tests.distributed import run_ranks
+from tests.hf import models
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
@@ -111,10 +116,72 @@ def test_kept_bytes_are_what_autograd_keeps(name: str, width: int, recompute: bo
     assert kept == sum(planning.kept_bytes(shape, expected_load(shape, T, 1), 4, recompute).values())
 
 
-def test_transports_that_layers_share_count_once() -> None:
-    pytest.importorskip("triton")
-    from flashfusemoe_ds.kernels.triton_peer import Slab
+# --- what exchanges cost ------------------------------------------------------------------------------------------
 
+
+@pytest.fixture(scope="module")
+def cost_of() -> Callable[[list[tuple[str, int, float]]], planning.ExchangeCost]:
+    sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+    from exchange_cost import Sample, fit
+
+    return lambda samples: fit([Sample(*sample) for sample in samples])
+
+
+def times(rate: float, *fixed_us: float) -> list[tuple[str, int, float]]:
+    """At two sizes, of a machine that is as the formula says."""
+    return [
+        (name, size, us / 1e3 + size / rate / 1e6)
+        for size in (10**7, 4 * 10**7)
+        for name, us in zip(planning.Exchanges._fields, fixed_us, strict=True)
+    ]
+
+
+def test_fit_finds_rate_and_fixed_parts(cost_of: Callable[..., planning.ExchangeCost]) -> None:
+    for fixed in ((600.0, 3.0, 2.0, 11.0), (600.0, 0.0, 0.0, 0.0)):
+        cost = cost_of(times(170.0, *fixed))
+        assert cost.gbps == pytest.approx(170.0) and cost.fixed_us == pytest.approx(fixed, abs=1e-6)
+    # Slopes that differ: the sum over operations is met at every size between.
+    mixed = [*times(100.0, 90, 90, 90, 90)[::2], *times(300.0, 90, 90, 90, 90)[1::2]]
+    cost = cost_of(mixed)
+    planned = sum(cost.fixed_us) / 1e3 + 4 * 2.5e7 / cost.gbps / 1e6
+    assert planned == pytest.approx(sum(ms for *_, ms in mixed) / 2)
+
+
+def test_fit_has_nothing_negative(cost_of: Callable[..., planning.ExchangeCost]) -> None:
+    falling = cost_of([("combine", 10, 3.0), ("combine", 20, 2.0), ("dispatch", 10, 5.0), ("dispatch", 20, 5.0)])
+    assert falling.gbps == float("inf")
+    assert falling.fixed_us == pytest.approx((5000, 2500, 0, 0))
+    faster_when_small = cost_of([("combine", 10**6, 0.1), ("combine", 10**7, 2.0)])
+    # A line through the origin: x y / x x.
+    assert faster_when_small.gbps == pytest.approx((1 + 100) / (0.1 + 20.0))
+    assert faster_when_small.fixed_us == (0, 0, 0, 0)
+
+
+# T, D, F, E, K of transport.py's default, on two ranks.
+EXCHANGED = (4096, 2048, 768, 64, 8)
+
+
+def test_the_costs_of_two_h200s_follow_from_their_times() -> None:
+    """docs/planning.md has times, rates and fixed parts: the rate is the fastest operation's, rounded, and the rest of
+    each time is its fixed part."""
+    T, D, F, E, K = EXCHANGED
+    shape = MoEShape(D, F, 2 * F, E, K)
+    sizes = planning.exchange_bytes(shape, expected_load(shape, T, 2).received, 2)
+    page = (ROOT / "docs" / "planning.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| ([\d, ]+) \| (\d+) \| ([\d, ]+) \|$", page, re.MULTILINE)
+    assert [row[0] for row in rows] == list(plan.EXCHANGE_COSTS) == list(plan.BACKENDS)
+    for name, us, gbps, fixed in rows:
+        took, beside = ([int(number) for number in cell.split(",")] for cell in (us, fixed))
+        rate = round(max(size / each / 1e3 for size, each in zip(sizes, took, strict=True)))
+        rest = [max(0, round(each - size / rate / 1e3)) for size, each in zip(sizes, took, strict=True)]
+        assert (rate, rest) == (int(gbps), beside)
+        assert plan.EXCHANGE_COSTS[name] == (rate, tuple(rest))
+
+
+# --- transports ----------------------------------------------------------------------------------------------------
+
+
+def test_transports_that_layers_share_count_once() -> None:
     section = FlashFuseMoEConfig.from_section({"symm_mem": {"max_tokens_per_rank": 100}})
     one, other = MoEShape(64, 32, 64, 8, 2), MoEShape(128, 32, 64, 8, 2)
     size = [Slab(4, 100, 2, width * 2).num_bytes for width in (64, 128)]
@@ -127,27 +194,6 @@ def test_transports_that_layers_share_count_once() -> None:
 # --- a whole model --------------------------------------------------------------------------------------------------
 
 
-COMMON = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "bos_token_id": 0,
-          "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": 2, "eos_token_id": 0}  # fmt: skip
-MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-MODELS = {
-    "Mixtral": {"num_local_experts": 8, "output_router_logits": True},
-    "Qwen2Moe": {"num_experts": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
-    "Qwen3Moe": {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 8, "num_key_value_heads": 2},
-    "Olmoe": {"num_experts": 8},
-    "GptOss": {"num_local_experts": 8, "head_dim": 8},
-    "DeepseekV3": {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 4,
-                   "topk_group": 2, "moe_intermediate_size": 24, **MLA},
-}  # fmt: skip
-
-
-def build(name: str) -> Any:
-    import transformers
-
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, **MODELS[name]})
-    return transformers.AutoModelForCausalLM.from_config(config)
-
-
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Writes a model's config, returns its folder."""
@@ -155,7 +201,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def write(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
-        build(name).config.save_pretrained(folder)
+        models.config(name).save_pretrained(folder)
         return folder
 
     return write
@@ -168,14 +214,13 @@ def no_room(shape: MoEShape) -> None:
     return None
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
 def test_what_a_model_keeps_is_what_it_keeps_when_run(name: str, configs: Callable[[str], Path]) -> None:
     """The same counting of a forward on the CPU, with our experts in it. Blocks of 512 bytes are the tolerance."""
     from flashfusemoe_ds.hf.experts import register_experts_implementation
 
     register_experts_implementation()
-    model = build(name).train()
-    model.set_experts_implementation("flashfusemoe")
+    model = models.build(name, "flashfusemoe").train()
     ids = torch.zeros(2, 64, dtype=torch.int64)
     ledger = Ledger([*model.parameters(), *model.buffers(), ids])
     with ledger:
@@ -196,14 +241,14 @@ def _numel(subject: Any, ep_size: int = 1) -> int:
 
 
 def test_deepseeks_parameters_and_checkpointing(configs: Callable[[str], Path]) -> None:
-    subject = from_transformers(configs("DeepseekV3"), torch.float32, 2, 64, checkpointing=False, autoep=True)
-    whole = sum(p.numel() for p in build("DeepseekV3").parameters())
+    subject = from_transformers(configs("deepseek_v3"), torch.float32, 2, 64, checkpointing=False, autoep=True)
+    whole = sum(p.numel() for p in models.build("deepseek_v3").parameters())
     assert _numel(subject) == whole
     routed = sum(p.numel() for p in subject.expert_params())
     assert _numel(subject, 4) == whole - routed * 3 // 4
     kept = []
     for checkpointing in (False, True):
-        subject = from_transformers(configs("DeepseekV3"), torch.float32, 2, 64, checkpointing, autoep=True)
+        subject = from_transformers(configs("deepseek_v3"), torch.float32, 2, 64, checkpointing, autoep=True)
         _numel(subject)
         kept.append(trace(subject.model, subject.loss, ALONE, accumulate=False,
                           inputs=subject.inputs).kept)  # fmt: skip
@@ -326,25 +371,73 @@ ENGINES = [(2, 0, False, "foreach"), (1, 0, True, "fused"), (2, 1, True, "foreac
            (2, 2, False, "fused")]  # fmt: skip
 
 
-def _plan_check(rank: int, world: int) -> str:
-    import contextlib
-    import io
+class Checks(NamedTuple):
+    """What plan_check says at toy size: with synthetic times, with real ones, and its calibration alone; and medians
+    of times by a synthetic clock."""
 
+    synthetic: str
+    real: str
+    calibration: str
+    medians: list[float]
+
+
+SYNTHETIC = planning.ExchangeCost(0.001, (5000.0, 600.0, 500.0, 700.0))
+
+
+def _plan_check(rank: int, world: int) -> Checks:
     sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+    import exchange_cost
     import plan_check
 
+    def synthetic_ms(found: list[Any], device: torch.device) -> list[float]:
+        us = SYNTHETIC.fixed_us
+        return [
+            us[planning.Exchanges._fields.index(each.name)] / 1e3 + each.bytes / SYNTHETIC.gbps / 1e6 for each in found
+        ]
+
+    def report(*words: str) -> str:
+        return plan_check.report(plan_check.parse_args(["--size", "toy", *words]), torch.device("cpu"))
+
+    of_engine = ("--ep_size", "2", "--stage", "1")
+    with mock.patch.object(exchange_cost, "slowest_ms", synthetic_ms):
+        synthetic = report("--layers", "2", *of_engine, "--gradient_checkpointing")
+    real = report("--layers", "1", *of_engine)
+    with (
+        mock.patch.object(torch.distributed, "get_world_size", return_value=1),
+        pytest.raises(ValueError, match="there is one"),
+    ):
+        report("--calibrate")
+    with pytest.raises(ValueError, match="--num_sms is 8, and --backend nccl"):
+        report("--calibrate", "--num_sms", "8")
+    medians = _medians(exchange_cost, rank)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        plan_check.main(["--size", "toy", "--layers", "1", "--ep_size", "2", "--stage", "1"])
-    return text.getvalue()
+        plan_check.main(["--size", "toy", "--calibrate"])
+    return Checks(synthetic, real, text.getvalue(), medians)
 
 
-def _on_two_ranks(rank: int, world: int) -> tuple[dict[str, Any], dict[Any, Any], str]:
+def _medians(exchange_cost: Any, rank: int) -> list[float]:
+    """Of two operations by a clock that they move: the first takes 1 s, 2 s, ... and on rank 1 a hundredth more; the
+    second 10 s, on rank 0 a half more."""
+    now, calls = [0.0], itertools.count(1)
+
+    def first() -> None:
+        now[0] += next(calls) * (1.01 if rank == 1 else 1.0)
+
+    def second() -> None:
+        now[0] += 15.0 if rank == 0 else 10.0
+
+    found = [exchange_cost.Operation("dispatch", 0, first), exchange_cost.Operation("combine", 0, second)]
+    with mock.patch.object(exchange_cost.time, "perf_counter", lambda: now[0]):
+        return exchange_cost.slowest_ms(found, torch.device("cpu"), samples=5)
+
+
+def _on_two_ranks(rank: int, world: int) -> tuple[dict[str, Any], dict[Any, Any], Checks]:
     return _exchange(rank, world), _states(rank, world), _plan_check(rank, world)
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[tuple[dict[str, Any], dict[Any, Any], str]]:
+def two_ranks() -> list[tuple[dict[str, Any], dict[Any, Any], Checks]]:
     return run_ranks(2, _on_two_ranks)
 
 
@@ -401,9 +494,35 @@ def test_states_are_a_real_engines(two_ranks: list[Any], ep_size: int, stage: in
 
 
 def test_plan_check_runs_at_toy_size(two_ranks: list[Any]) -> None:
-    text, nothing = (rank[2] for rank in two_ranks)
-    assert nothing == ""
-    assert text.count("| EP 2, ZeRO 1 |") == 4 and text.count("not here") == 3 and "| exchange per step" in text
+    checks, other = (rank[2] for rank in two_ranks)
+    assert other.calibration == "" and other.real.count("calibrated here: --exchange_gbps") == 1
+    assert checks.real.count("| EP 2, ZeRO 1 |") == 6 and checks.real.count("not here") == 3
+    for text, batches in ((checks.real, 3), (checks.calibration, 2)):
+        rows = re.findall(r"^\| [\d.]+ (?:\| \d+ ){4}\|$", text, re.MULTILINE)
+        assert len(rows) == batches
+        # What it prints are options of the plan.
+        (words,) = re.findall(r"--exchange_gbps .*", text)
+        args = plan.parse_args(["--config", "x", "--shape", "x", "--gpus", "2", *words.split()])
+        assert args.exchange_gbps > 0 and max(args.exchange_us) > 0
+
+
+def test_plan_check_on_synthetic_times(two_ranks: list[Any]) -> None:
+    """Where times follow the formula, calibration finds its numbers, and what is left between planned and measured
+    is rows: a plan has those of the worst rank in every layer."""
+    text = two_ranks[0][2].synthetic
+    assert "calibrated here: --exchange_gbps 0.001 --exchange_us 5000 600 500 700" in text
+    numbers = re.findall(r"\| exchange per step .* \| (MB|ms) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text)
+    assert [unit for unit, *_ in numbers] == ["MB", "ms", "ms"]
+    megabytes, ms = ([float(number) for number in line[1:]] for line in numbers[:2])
+    fixed = 2 * (2 * 5.0 + 2 * 0.6 + 0.5 + 0.7)  # two layers, whose forwards run twice
+    for size, taken in zip(megabytes[:2], ms[:2], strict=True):
+        assert taken == pytest.approx(fixed + size / SYNTHETIC.gbps, rel=1e-3)
+    assert 1 <= megabytes[2] < 1.15 and 1 <= ms[2] < megabytes[2]
+
+
+def test_medians_are_of_the_slowest_rank(two_ranks: list[Any]) -> None:
+    # Three calls come before the five samples.
+    assert [rank[2].medians for rank in two_ranks] == [pytest.approx([6060.0, 15000.0])] * 2
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -460,7 +579,7 @@ def test_factories(tmp_path: Path) -> None:
 
 
 def test_checkpoints_backends_and_skew(tmp_path: Path, configs: Callable[[str], Path]) -> None:
-    words = ["--model", str(configs("Qwen3Moe")), "--gpus", "4", "--sequence_length", "32"]
+    words = ["--model", str(configs("qwen3_moe")), "--gpus", "4", "--sequence_length", "32"]
     plans = command(tmp_path, *words, "--ep_size", "1", "2", "--backend", "nccl", "deep_ep", "--skew", "1", "2",
                     zero_optimization={"stage": 2}, gradient_accumulation_steps=3)  # fmt: skip
     assert [(p["ep_size"], p["ep_backend"], p["skew"]) for p in plans] == [
@@ -474,11 +593,41 @@ def test_checkpoints_backends_and_skew(tmp_path: Path, configs: Callable[[str], 
     assert checkpointed["wire"]["exchange"] > 1.4 * balanced["wire"]["exchange"]
 
 
+def test_wire_and_fixed_costs(tmp_path: Path) -> None:
+    """Of two layers and three micro batches of 64 tokens."""
+    words = ["--shape", "64,32,16,8,2", "--layers", "2", "--gpus", "2", "--ep_size", "1", "2"]
+    alone, plain = command(tmp_path, *words, gradient_accumulation_steps=3)
+    assert alone["wire"]["exchange_ms"] == alone["wire"]["exchange_fixed_ms"] == 0
+    rows = 51  # of 64: 22 of 28 pairs of experts have one of a rank's four
+    assert plain["wire"]["exchange"] == 3 * 2 * rows * (4 * 32 * 4 + 16 + 8)
+    nccl = plan.EXCHANGE_COSTS["nccl"]
+    assert plain["wire"]["exchange_ms"] == pytest.approx(plain["wire"]["exchange"] / nccl.gbps / 1e6)
+    assert plain["wire"]["exchange_fixed_ms"] == pytest.approx(3 * 2 * sum(nccl.fixed_us) / 1e3)
+    given = command(tmp_path, *words, "--exchange_gbps", "2", "--exchange_us", "1", "20", "300", "4000",
+                    gradient_accumulation_steps=3)[1]  # fmt: skip
+    assert given["wire"]["exchange_ms"] == pytest.approx(plain["wire"]["exchange"] / 2e6)
+    assert given["wire"]["exchange_fixed_ms"] == pytest.approx(3 * 2 * 4.321)
+
+
+def test_costs_of_other_settings_are_not_passed_off(tmp_path: Path) -> None:
+    words = ["--shape", "64,32,16,8,2", "--gpus", "2", "--ep_size", "2", "--backend", "symm_mem"]
+    few = {"flashfusemoe": {"symm_mem": {"num_sms": 24}}}
+    costs = ["--exchange_gbps", "192", "--exchange_us", "180", "0", "128", "1"]
+    (note,) = command(tmp_path, *words, **few)[0]["notes"]
+    assert "symm_mem.num_sms is 24, and its exchange was measured with 64" in note
+    assert command(tmp_path, *words, *costs, **few)[0]["notes"] == command(tmp_path, *words)[0]["notes"] == []
+
+
 def test_text_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write(tmp_path, bf16={"enabled": True}, zero_optimization={"stage": 1})
     words = ["--config", str(config), "--shape", "4096,2048,768,64,8", "--layers", "4", "--gpus", "8"]
     assert plan.main([*words, "--ep_size", "1", "8", "--memory", "6"]) == 0
     text = capsys.readouterr().out
+    wire, fixed = (
+        float(next(line for line in text.splitlines() if line.strip().startswith(label)).split()[-1])
+        for label in ("dispatch and combine: wire", "with fixed costs (host and launches)")
+    )
+    assert fixed == pytest.approx(wire + 4 * sum(plan.EXCHANGE_COSTS["nccl"].fixed_us) / 1e3, abs=0.011)
     peak = next(line for line in text.splitlines() if line.strip().startswith("peak  "))
     one, eight = map(float, peak.split()[1:])
     assert one > 6 > eight
@@ -505,6 +654,7 @@ FEW = {"flashfusemoe": {"symm_mem": {"max_tokens_per_rank": 32}}}
             "ep_size is 3; it must divide the 4 GPUs and every layer's experts. Valid: 1",
         ),
         ((*SHAPE, "--skew", "0.5"), {}, "--skew is 0.5"),
+        ((*SHAPE, "--exchange_us", "1", "2", "3", "-4"), {}, "--exchange_us is 1.0 2.0 3.0 -4.0; all must be 0 or"),
         ((*SHAPE, "--layers", "0"), {}, "--layers is 0; it must be positive"),
         ((*SHAPE, "--tokens", "8"), {}, "--shape has its own T"),
         (SHAPE, {"optimizer": None}, '"optimizer"; name it: --optimizer'),
@@ -535,7 +685,7 @@ def test_the_documented_command_runs(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "planning.md").read_text()
     (line,) = re.findall(r"^python -m flashfusemoe_ds.plan (.*?)\n```", text, re.MULTILINE | re.DOTALL)
     write(tmp_path)
-    build("Qwen3Moe").config.save_pretrained(tmp_path / "qwen3")
+    models.config("qwen3_moe").save_pretrained(tmp_path / "qwen3")
     words = [sys.executable, "-m", "flashfusemoe_ds.plan", *line.replace("\\\n", " ").split()]
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120, cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
