@@ -30,6 +30,7 @@ from torch import Tensor
 
 from flashfusemoe_ds.config import DeepEPConfig
 from flashfusemoe_ds.dispatch.base import Combined, Geometry, Pending
+from flashfusemoe_ds.dispatch.timeout import group_timeout_s
 from flashfusemoe_ds.types import Dispatched
 
 MIN_NCCL = (2, 30, 4)  # ElasticBuffer's; its own check, at import, has the text of a failed comparison of files
@@ -417,9 +418,8 @@ def _meet(group: torch.distributed.ProcessGroup) -> None:
 
 def _timeouts(group: torch.distributed.ProcessGroup) -> dict[str, int]:
     """ElasticBuffer's patience from the group's; the host, which can say what happened, gives up before the GPU."""
-    try:
-        seconds = group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
-    except (AttributeError, RuntimeError):  # torch does not say: DeepEP's own
+    seconds = group_timeout_s(group, torch.device("cuda"))
+    if seconds is None:  # DeepEP's own
         return {}
     return {"num_cpu_timeout_secs": max(1, int(0.9 * seconds)), "num_gpu_timeout_secs": max(2, int(seconds))}
 

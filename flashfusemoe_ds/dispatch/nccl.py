@@ -29,6 +29,7 @@ import torch.distributed
 from torch import Tensor
 
 from flashfusemoe_ds.dispatch.base import Combined, Pending
+from flashfusemoe_ds.dispatch.timeout import group_timeout_s
 from flashfusemoe_ds.kernels.exchange import count_rows, place_rows, spread_rows
 from flashfusemoe_ds.kernels.gather_sum import gather_sum
 from flashfusemoe_ds.types import Dispatched
@@ -170,11 +171,8 @@ class NcclDispatcher:
     def _patience(self, device: torch.device) -> float | None:
         """Seconds for which the host waits for the other ranks: a little less than the group's timeout, at which
         torch's watchdog ends the process. None where torch does not say."""
-        try:
-            timeout = self.group._get_backend(device).options._timeout.total_seconds()
-        except (AttributeError, RuntimeError):
-            return None
-        return max(0.9 * timeout, timeout - 5)
+        timeout = group_timeout_s(self.group, device)
+        return None if timeout is None else max(0.9 * timeout, timeout - 5)
 
     def _fail(self, operation: str, error: RuntimeError) -> NoReturn:
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_process_group_ranks(self.group)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Expert parallelism between the GPUs of one host: Triton kernels that read each other's memory.
 
-Each exchange is two launches on a stream of its own (kernels/triton_peer.py): stage into this rank's slab of PyTorch
+Each exchange is two launches on a stream of its own (kernels/peer.py): stage into this rank's slab of PyTorch
 symmetric memory, meet, fetch out of all slabs. Rows cross the wire once per (token, rank), ordered by rank, then by
 token, and are added up in rank order in float32, so equal inputs give equal bits, those of the nccl transport.
 
@@ -22,7 +22,7 @@ import math
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -31,10 +31,9 @@ from torch import Tensor
 from flashfusemoe_ds.config import SymmMemConfig
 from flashfusemoe_ds.dispatch.agreement import access_refusal, exchange, joint_reason, this_place
 from flashfusemoe_ds.dispatch.base import Combined, Geometry, Pending
+from flashfusemoe_ds.dispatch.timeout import group_timeout_s
+from flashfusemoe_ds.kernels.peer_slab import HEADER_BYTES, NO_ROOM, TIMED_OUT, Failure, Slab
 from flashfusemoe_ds.types import Dispatched
-
-if TYPE_CHECKING:
-    from flashfusemoe_ds.kernels.triton_peer import Slab
 
 T = TypeVar("T")
 
@@ -80,9 +79,7 @@ def geometry_refusal(ep_size: int, geometry: Geometry, settings: SymmMemConfig) 
 
 
 def slab_of(ep_size: int, geometry: Geometry, settings: SymmMemConfig) -> Slab:
-    """The memory that each rank shares. Needs triton, but no GPU."""
-    from flashfusemoe_ds.kernels.triton_peer import Slab
-
+    """The memory that each rank shares: its layout, which takes neither triton nor a GPU."""
     row_bytes = geometry.hidden_size * geometry.dtype.itemsize
     return Slab(ep_size, settings.max_tokens_per_rank, geometry.top_k, row_bytes)
 
@@ -98,7 +95,7 @@ def room(ep_size: int, num_local_experts: int, top_k: int, settings: SymmMemConf
 
 @dataclass(frozen=True)
 class Exchange:
-    """One dispatch's routes, all on the device. See kernels/triton_peer.py for the tensors.
+    """One dispatch's routes, all on the device. See kernels/peer.py for the tensors.
 
     Attributes:
         pos_TP: int32 [T, P], a token's row among those that rank p gets from here, or -1.
@@ -131,14 +128,14 @@ class SymmMemDispatcher:
         self.global_ranks = torch.distributed.get_process_group_ranks(group)
         self._check_everybody(group, geometry, settings)
 
-        from flashfusemoe_ds.kernels.triton_peer import Peers  # here triton is known to be installed
+        from flashfusemoe_ds.kernels.peer import Peers  # here triton is known to be installed
 
         self.settings, self.top_k = settings, geometry.top_k
         self.num_local_experts = geometry.num_experts // self.ep_size
         slab = slab_of(self.ep_size, geometry, settings)
         device = torch.device("cuda", torch.cuda.current_device())
         self._memory, addresses = _share(slab, group, device)
-        self.timeout_s = _timeout_s(group, device)
+        self.timeout_s = group_timeout_s(group, device) or torch.distributed.default_pg_timeout.total_seconds()
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._peers = Peers(
             rank=torch.distributed.get_rank(group),
@@ -169,7 +166,7 @@ class SymmMemDispatcher:
         )
 
     def start_dispatch(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Pending[Dispatched]:
-        from flashfusemoe_ds.kernels import triton_peer as kernels
+        from flashfusemoe_ds.kernels import peer
 
         self._check_rows("dispatch", x_TD)
         assert weight_TK.dtype is torch.float32, weight_TK.dtype
@@ -177,12 +174,12 @@ class SymmMemDispatcher:
         exact = self.settings.capacity_factor is None and not self._capturing()
         max_rows, max_routes = (UNBOUNDED, UNBOUNDED) if exact else self._room()
         self._follow_current_stream()
-        pos_TP, plan = kernels.stage_dispatch(
+        pos_TP, plan = peer.stage_dispatch(
             self._peers, x_TD, idx_TK, weight_TK, self.num_local_experts, max_rows, max_routes
         )
 
         def fetch(max_rows: int, num_routes: int) -> Dispatched:
-            x_RD, idx_RK, weight_RK, origin_R = kernels.fetch_dispatch(
+            x_RD, idx_RK, weight_RK, origin_R = peer.fetch_dispatch(
                 self._peers, x_TD, plan, idx_TK.shape[1], self.num_local_experts, max_rows
             )
             return Dispatched(x_RD, idx_RK, weight_RK, num_routes, Exchange(pos_TP, plan, origin_R))
@@ -200,24 +197,24 @@ class SymmMemDispatcher:
         return Pending(read_counts_then_fetch)
 
     def start_redispatch(self, x_TD: Tensor, handle: Exchange) -> Pending[Tensor]:
-        from flashfusemoe_ds.kernels import triton_peer as kernels
+        from flashfusemoe_ds.kernels import peer
 
         self._check_rows("redispatch", x_TD)
         x_TD = _aligned(x_TD)
         self._follow_current_stream()
-        kernels.stage_rows(self._peers, x_TD, handle.plan, home=False)
-        return self._pending(kernels.fetch_rows(self._peers, x_TD, handle.plan, handle.origin_R), x_TD, handle)
+        peer.stage_rows(self._peers, x_TD, handle.plan, home=False)
+        return self._pending(peer.fetch_rows(self._peers, x_TD, handle.plan, handle.origin_R), x_TD, handle)
 
     def start_combine(self, y_RD: Tensor, handle: Exchange, weight_RK: Tensor | None = None) -> Combined:
-        from flashfusemoe_ds.kernels import triton_peer as kernels
+        from flashfusemoe_ds.kernels import peer
 
         self._check_rows("combine", y_RD, num_tokens=0)
         assert y_RD.shape[0] == handle.origin_R.shape[0]
         y_RD = _aligned(y_RD)
         weight_RK = None if weight_RK is None else weight_RK.contiguous()
         self._follow_current_stream()
-        kernels.stage_rows(self._peers, y_RD, handle.plan, home=True, weight_RK=weight_RK)
-        rows, weights = kernels.sum_home(self._peers, y_RD, handle.plan, handle.pos_TP, weight_RK)
+        peer.stage_rows(self._peers, y_RD, handle.plan, home=True, weight_RK=weight_RK)
+        rows, weights = peer.sum_home(self._peers, y_RD, handle.plan, handle.pos_TP, weight_RK)
         # One exchange carries both; weights are a few bytes in a row.
         arriving = self._pending(rows, y_RD, weight_RK, handle)
         return Combined(arriving, None if weights is None else self._pending(weights, y_RD, weight_RK, handle))
@@ -231,8 +228,6 @@ class SymmMemDispatcher:
         """
         noted = int(self._peers.failure)
         if noted:
-            from flashfusemoe_ds.kernels.triton_peer import Failure
-
             failure = Failure.decode(noted)
             # Whoever waits for this rank's next exchange waits for one that is not going to come.
             self._give_up(failure.operation)
@@ -242,9 +237,7 @@ class SymmMemDispatcher:
         """Waits for this rank's exchanges. Its memory is freed when no graph and no other rank uses it any more."""
         self._stream.synchronize()
 
-    def _describe(self, failure: Any) -> str:
-        from flashfusemoe_ds.kernels.triton_peer import NO_ROOM, TIMED_OUT
-
+    def _describe(self, failure: Failure) -> str:
         where = f"symm_mem {failure.operation} failed on rank {self.global_ranks[self._peers.rank]}"
         ranks = ", ".join(str(self.global_ranks[r]) for r in failure.ranks)
         if failure.why == TIMED_OUT:
@@ -277,10 +270,10 @@ class SymmMemDispatcher:
             raise ValueError(f"symm_mem {operation}: rank {self.global_ranks[self._peers.rank]} sends {said}")
 
     def _give_up(self, operation: str) -> None:
-        from flashfusemoe_ds.kernels import triton_peer as kernels
+        from flashfusemoe_ds.kernels import peer
 
         if not self._capturing():
-            kernels.give_up(self._peers, operation)
+            peer.give_up(self._peers, operation)
 
     def _capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -334,8 +327,6 @@ def _share(
     """
     from torch.distributed import _symmetric_memory as symm_mem
 
-    from flashfusemoe_ds.kernels.triton_peer import HEADER_BYTES
-
     # Rendezvous would create a multicast object, which nothing here uses and not every machine allows.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     memory = refusal = None
@@ -356,10 +347,3 @@ def _share(
     rank = torch.distributed.get_rank(group)
     offsets = exchange(group, memory.data_ptr() - shared.buffer_ptrs[rank])
     return (memory, shared), [base + offset for base, offset in zip(shared.buffer_ptrs, offsets, strict=True)]
-
-
-def _timeout_s(group: torch.distributed.ProcessGroup, device: torch.device) -> float:
-    """The group's timeout in seconds, torch's default where the backend does not tell."""
-    options = getattr(group._get_backend(device), "options", None)
-    timeout = getattr(options, "_timeout", None) or torch.distributed.default_pg_timeout
-    return timeout.total_seconds()

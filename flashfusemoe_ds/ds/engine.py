@@ -217,6 +217,9 @@ def _with_overlap(ds_config: dict[str, Any], section: FlashFuseMoEConfig) -> dic
 
 
 def _summary(section: FlashFuseMoEConfig, layers: list[MoE], reduced: str) -> str:
+    """The line of the log. Of AutoEP's layers `fuse_autoep` has said its own."""
+    if not layers:
+        return f"{SECTION}: gradients are reduced {reduced}"
     fused = sum(hasattr(layer.deepspeed_moe.experts, "layout") for layer in layers)
     sizes = sorted({layer.ep_size for layer in layers})
     taken = sorted({layer.deepspeed_moe.dispatcher.name for layer in layers})

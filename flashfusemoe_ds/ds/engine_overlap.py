@@ -52,10 +52,10 @@ def _why_not(engine: Any, wanted: bool, stage: int) -> str:
         return "overlap_dense_grads is false"
     if optimizer is None:
         return "the engine has no optimizer"
-    if not engine.enable_backward_allreduce and not isinstance(engine, PipelineEngine):
-        return "enable_backward_allreduce is off"
-    if isinstance(engine, PipelineEngine):
+    if isinstance(engine, PipelineEngine):  # which switches enable_backward_allreduce off itself
         return "the pipeline engine reduces when its last micro batch is through"
+    if not engine.enable_backward_allreduce:
+        return "enable_backward_allreduce is off"
     if engine.is_deepcompile_enabled():
         return "DeepCompile reduces inside its compiled graphs"
     if isinstance(optimizer, BF16_Optimizer):

@@ -14,7 +14,7 @@ from flashfusemoe_ds.kernels.products import TorchProducts
 
 @dataclass(frozen=True)
 class TransposedProducts:
-    """An ExpertProducts whose w_up is [e, D, H] and whose w_down is [e, F, D]; `inner` has the rest."""
+    """An ExpertProducts whose w_up is [e, D, H] and whose w_down is [e, F, D], by those of `inner`."""
 
     inner: TorchProducts
 
@@ -22,8 +22,8 @@ class TransposedProducts:
     def name(self) -> str:
         return self.inner.name
 
-    def sparing(self, num_sms: int) -> TransposedProducts:
-        return self  # torch's kernels take what they take
+    def yielding(self) -> TransposedProducts:
+        return self  # torch's kernels are as they are
 
     def up(self, x_RD, order, w_up_eDH, b_up_eH, weight_RK, activation):
         return self.inner.up(x_RD, order, w_up_eDH.transpose(1, 2), b_up_eH, weight_RK, activation)

@@ -3,7 +3,7 @@
 
     forward   gate product | softmax, choice, counts and partial sums | one program that finishes the sums
               | drops, where there is a capacity
-    backward  that of routing.py, which has the gate products too
+    backward  that of routing.py, which has the gate product too: routing_backward.py
 
 The twin is `nn.deepspeed_gating`, which says what DeepSpeed does. What is random is drawn there, by the same calls for
 both, and comes in as tensors. Softmax is computed here, so that a probability may differ from torch's in its last bit;
@@ -30,26 +30,30 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flashfusemoe_ds.kernels import routing
 from flashfusemoe_ds.kernels.launch import launch
 from flashfusemoe_ds.kernels.precision import without_autocast
-from flashfusemoe_ds.kernels.routing import (
+from flashfusemoe_ds.kernels.routing import gate_product
+from flashfusemoe_ds.kernels.routing_backward import gate_gradients
+from flashfusemoe_ds.kernels.routing_rule import Rule, aux_factor_of
+from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
+from flashfusemoe_ds.kernels.triton_logits import (
     NEVER,
-    Rule,
+    NUM_WARPS,
+    TILE,
     at_least,
     best_column,
+    load_logits,
+    max_programs,
     ordered,
     softmax_within,
     tile_of,
     unordered,
 )
-from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
 
 # What DeepSpeed raises the sum of a token's probabilities to before it divides by it.
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 MINUS_INFINITY = tl.constexpr(-0x7F800001)  # `ordered` of it
 KEEP_TILE = 512  # routes in a program of the drops by value
-NUM_WARPS = routing.NUM_WARPS
 
 Keep = Callable[[Tensor, Tensor], Tensor]
 
@@ -89,16 +93,7 @@ def _choose_kernel(
         rows = program.to(tl.int64) * per_program + offset + tl.arange(0, TOKENS)
         is_token = rows < num_tokens
         inside = is_token[:, None] & exists
-        at = rows[:, None] * NUM_EXPERTS + columns
-        if SPLIT:
-            # [T, 3E], the products with the three parts of the weight: the smallest are added first.
-            part = parts_ptr + rows[:, None] * (3 * NUM_EXPERTS) + columns
-            small = tl.load(part + 2 * NUM_EXPERTS, mask=inside, other=0.0)
-            small += tl.load(part + NUM_EXPERTS, mask=inside, other=0.0)
-            logits = small + tl.load(part, mask=inside, other=0.0)
-            tl.store(logits_ptr + at, logits, mask=inside)
-        else:
-            logits = tl.load(logits_ptr + at, mask=inside, other=0.0)
+        logits = load_logits(parts_ptr, logits_ptr, rows, columns, inside, NUM_EXPERTS, SPLIT)
         probs, _ = softmax_within(logits, exists)
         probs_sum += tl.where(is_token[:, None], probs, 0.0)
         counts = is_token
@@ -108,7 +103,7 @@ def _choose_kernel(
 
         noisy = logits
         if HAS_NOISE:
-            noisy += tl.load(noise_ptr + at, mask=inside, other=0.0)
+            noisy += tl.load(noise_ptr + rows[:, None] * NUM_EXPERTS + columns, mask=inside, other=0.0)
         key = ordered(probs)
         if TOP_K == 1 and HAS_NOISE:
             key = ordered(noisy)
@@ -315,8 +310,7 @@ def choose(
     # Stretches of whole tiles, so that what stands before a stretch is a sum over programs. Without tokens too: the
     # one program writes zeros.
     tiles = max(1, cdiv(num_tokens, tile["TOKENS"]))
-    most = min(routing.MAX_PARTIALS, max(128, routing.PARTIALS // tile["EXPERTS"]))
-    per_program = cdiv(tiles, min(tiles, most)) * tile["TOKENS"]
+    per_program = cdiv(tiles, min(tiles, max_programs(tile))) * tile["TOKENS"]
     programs = max(1, cdiv(num_tokens, per_program))
     logits_TE = empty(num_tokens, num_experts) if is_split else product
     choice_TK, prob_TK = empty(num_tokens, top_k, dtype=torch.int64), empty(num_tokens, top_k)
@@ -359,12 +353,12 @@ def choose(
         first_E,
         l_aux,
         programs,
-        routing.aux_factor_of(num_tokens, num_experts, _rule(top_k), _coefficient(top_k)),
+        aux_factor_of(num_tokens, num_experts, _rule(top_k), _coefficient(top_k)),
         NUM_EXPERTS=num_experts,
         TWO=two,
         BY_POSITION=by_position,
         EXPERTS=tile["EXPERTS"],
-        ROWS=4 * routing.TILE // tile["EXPERTS"],
+        ROWS=4 * TILE // tile["EXPERTS"],
         num_warps=8,
     )
     if limit is None and keep is None:
@@ -413,7 +407,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, gate_ED, noise_TE, used_T, top_k, limit, keep):
         with without_autocast(x_TD.device.type):
-            product, is_split = routing.gate_product(x_TD, gate_ED)
+            product, is_split = gate_product(x_TD, gate_ED)
             logits_TE, idx_TK, weight_TK, counts_E, first_E, l_aux = choose(
                 product, is_split, top_k, noise_TE, used_T, limit, keep
             )
@@ -429,7 +423,7 @@ class _Gate(torch.autograd.Function):
         if dweight_TK is None and dl_aux is None:
             return (None,) * 7
         top_k = idx_TK.shape[1]
-        grads = routing.gate_gradients(
+        grads = gate_gradients(
             x_TD, gate_ED, logits_TE, idx_TK, first_E, dweight_TK, dl_aux, None, _rule(top_k), _coefficient(top_k),
             0.0, need_x=ctx.needs_input_grad[0], need_gate=ctx.needs_input_grad[1], floor=EPS.value,
         )  # fmt: skip

@@ -17,7 +17,7 @@ Imported where a graph is traced, and only there. Triton is not needed for that,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +27,8 @@ from flashfusemoe_ds.kernels.experts import experts_backward as _experts_backwar
 from flashfusemoe_ds.kernels.experts import experts_forward as _experts_forward
 from flashfusemoe_ds.kernels.order import ExpertOrder, order_shapes
 from flashfusemoe_ds.kernels.products import ExpertProducts
+from flashfusemoe_ds.kernels.routing_rule import Rule
 from flashfusemoe_ds.kernels.select import select
-
-if TYPE_CHECKING:
-    from flashfusemoe_ds.kernels.routing import Rule
-
 
 # ---- backends by name
 
@@ -162,7 +159,7 @@ experts.register_autograd(_differentiate_experts, setup_context=_keep_experts)
 
 # ---- router
 
-# The fields of a routing.Rule and the two losses' coefficients: what `route_by_rule` appends to the operands.
+# The fields of a routing_rule.Rule and the two losses' coefficients: what `route_by_rule` appends to the operands.
 _RULE = (
     "int top_k, bool softmax, bool after_topk, bool renormalize, float scaling_factor, int num_groups, "
     "int top_groups, bool top2_sum, float aux_loss_coeff, float z_loss_coeff"
@@ -186,7 +183,7 @@ def route(x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor | None, count: bool, *ru
 
     *fields, aux_loss_coeff, z_loss_coeff = rule
     logits_TE, idx_TK, weight_TK, counts_E, aux_loss, z_loss = routing.route_forward(
-        x_TD, gate_ED, bias_E, routing.Rule(*fields), aux_loss_coeff, z_loss_coeff, count
+        x_TD, gate_ED, bias_E, Rule(*fields), aux_loss_coeff, z_loss_coeff, count
     )
     return (
         weight_TK,
@@ -235,12 +232,12 @@ def route_backward(
     need_gate: bool,
     *rule: Any,
 ) -> list[Tensor]:
-    """`routing.gate_gradients`: those of the gradients of x and the gate that are needed."""
-    from flashfusemoe_ds.kernels import routing
+    """`routing_backward.gate_gradients`: those of the gradients of x and the gate that are needed."""
+    from flashfusemoe_ds.kernels.routing_backward import gate_gradients
 
     *fields, aux_loss_coeff, z_loss_coeff = rule
-    grads = routing.gate_gradients(
-        x_TD, gate_ED, logits_TE, idx_TK, counts_E, dweight_TK, daux, dz, routing.Rule(*fields), aux_loss_coeff,
+    grads = gate_gradients(
+        x_TD, gate_ED, logits_TE, idx_TK, counts_E, dweight_TK, daux, dz, Rule(*fields), aux_loss_coeff,
         z_loss_coeff, need_x, need_gate,
     )  # fmt: skip
     return [grad.contiguous() for grad in grads if grad is not None]

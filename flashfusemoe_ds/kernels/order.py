@@ -61,11 +61,6 @@ class ExpertOrder:
         """The fields, in order; ExpertOrder(*tensors) is the same order again."""
         return tuple(vars(self).values())
 
-    def valid_N1(self) -> Tensor:
-        """bool [N, 1]: False for the dropped routes at the end."""
-        positions = torch.arange(self.num_routes, device=self.row_N.device)
-        return (positions < (self.ends_e[-1] if self.ends_e.numel() else 0)).unsqueeze(1)
-
     def expert_N(self) -> Tensor:
         """int64 [N], the expert of each sorted route; any valid expert for dropped ones."""
         positions = torch.arange(self.num_routes, device=self.row_N.device)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""In which precision things are computed: the dtype of elementwise arithmetic, and keeping autocast out of it."""
+"""In which precision things are computed: elementwise arithmetic, products, and keeping autocast out of them."""
 
 from __future__ import annotations
 
 import contextlib
 
 import torch
+from torch import Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,3 +21,10 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None
     if torch.compiler.is_compiling() or (device_type != "meta" and torch.is_autocast_enabled(device_type)):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()  # 10 us cheaper, four times a step
+
+
+def mm32(a: Tensor, b: Tensor) -> Tensor:
+    """Product of 16-bit matrices accumulated and returned in float32."""
+    if a.is_cuda and a.numel() and b.numel():
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

@@ -26,7 +26,9 @@ from flashfusemoe_ds.kernels.gather_sum import gather_sum
 from flashfusemoe_ds.kernels.order import ExpertOrder
 from flashfusemoe_ds.kernels.precision import without_autocast
 from flashfusemoe_ds.kernels.products import ExpertProducts, UpWeights
-from flashfusemoe_ds.kernels.routing import Rule, gate_gradients, route_forward
+from flashfusemoe_ds.kernels.routing import route_forward
+from flashfusemoe_ds.kernels.routing_backward import gate_gradients
+from flashfusemoe_ds.kernels.routing_rule import Rule
 
 
 class _RoutedExperts(torch.autograd.Function):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from flashfusemoe_ds.kernels.precision import without_autocast
+from flashfusemoe_ds.kernels.routing_rule import Rule
 from flashfusemoe_ds.nn.losses import balanced_bias, load_balancing_loss, router_z_loss
 from flashfusemoe_ds.types import Routing
-
-if TYPE_CHECKING:
-    from flashfusemoe_ds.kernels.routing import Rule
 
 SCORES = ("softmax", "sigmoid")
 ORDERS = ("before_topk", "after_topk")
@@ -263,8 +260,6 @@ def named_losses(aux_loss: Tensor | None, z_loss: Tensor | None) -> dict[str, Te
 @functools.lru_cache(maxsize=256)
 def fused_rule(gating: Gating, top_k: int) -> Rule:
     """The gating as the kernels take it."""
-    from flashfusemoe_ds.kernels.routing import Rule
-
     return Rule(
         top_k=top_k,
         softmax=gating.score == "softmax",

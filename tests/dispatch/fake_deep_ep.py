@@ -35,10 +35,6 @@ from flashfusemoe_ds.dispatch import select
 # github.com/deepseek-ai/DeepEP, deep_ep/buffer.py at 9af0e0d0e74f3577af1979c9b9e1ac2cad0104ee (tag v1.2.1) and
 # deep_ep/buffers/elastic.py at dd758caf451848bd150e1046af3d0a73e5fff38d (2.1.0). Names and defaults; every parameter
 # may be given by position or by name.
-COMMITS = {
-    "Buffer": "9af0e0d0e74f3577af1979c9b9e1ac2cad0104ee",
-    "ElasticBuffer": "dd758caf451848bd150e1046af3d0a73e5fff38d",
-}
 REQUIRED = inspect.Parameter.empty
 SIGNATURES: dict[str, dict[str, Any]] = {
     "Buffer.__init__": {

@@ -21,7 +21,7 @@ from flashfusemoe_ds.dispatch.agreement import Place
 from flashfusemoe_ds.dispatch.base import Dispatcher, Geometry, Pending, combine, dispatch
 from flashfusemoe_ds.dispatch.nccl import NcclDispatcher
 from flashfusemoe_ds.dispatch.symm_mem import SymmMemDispatcher, geometry_refusal, machine_refusal
-from flashfusemoe_ds.kernels import triton_peer as kernels
+from flashfusemoe_ds.kernels import peer
 from flashfusemoe_ds.kernels.activation import ACTIVATIONS
 from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.grouped_gemm import ReferenceGemm
@@ -42,14 +42,14 @@ class OnCpu(SymmMemDispatcher):
         self.global_ranks = list(range(self.ep_size))
         self.settings, self.top_k, self.timeout_s = settings, geometry.top_k, 1.0
         self.num_local_experts = geometry.num_experts // self.ep_size
-        slab = kernels.Slab(self.ep_size, settings.max_tokens_per_rank, geometry.top_k, geometry.hidden_size * 4)
+        slab = symm_mem.slab_of(self.ep_size, geometry, settings)
         paths = [Path(folder) / f"{geometry.num_experts}-{geometry.top_k}-{r}" for r in range(self.ep_size)]
         paths[rank].write_bytes(bytes(slab.num_bytes))
         dist.barrier()
         self._memory = [torch.from_file(str(p), shared=True, size=slab.num_bytes, dtype=torch.uint8) for p in paths]
         zeros = torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         addresses = torch.tensor([m.data_ptr() for m in self._memory])
-        self._peers = kernels.Peers(rank, slab, addresses, *zeros, num_programs=2, timeout_ns=1, wait=False)
+        self._peers = peer.Peers(rank, slab, addresses, *zeros, num_programs=2, timeout_ns=1, wait=False)
 
     def _follow_current_stream(self) -> None:
         pass
@@ -67,21 +67,21 @@ class OnCpu(SymmMemDispatcher):
 def meet_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, for the interpreter; a barrier where kernels would wait, then what they would do next."""
     for name, size in (("TILE_WORDS", 64), ("SUM_BYTES", 1024), ("PLACE_ENTRIES", 64), ("FLAT", 32)):
-        monkeypatch.setattr(kernels, name, size)
-    stage_dispatch, stage_rows = kernels.stage_dispatch, kernels.stage_rows
+        monkeypatch.setattr(peer, name, size)
+    stage_dispatch, stage_rows = peer.stage_dispatch, peer.stage_rows
 
     def dispatch_then_meet(peers, x, idx, weight, local_experts, max_rows, max_routes):
         pos_TP, plan = stage_dispatch(peers, x, idx, weight, local_experts, max_rows, max_routes)
         dist.barrier()
-        kernels.plan_dispatch(peers, plan, max_rows, max_routes)
+        peer.plan_dispatch(peers, plan, max_rows, max_routes)
         return pos_TP, plan
 
     def rows_then_meet(*args: Any, **kwargs: Any) -> None:
         stage_rows(*args, **kwargs)
         dist.barrier()
 
-    monkeypatch.setattr(kernels, "stage_dispatch", dispatch_then_meet)
-    monkeypatch.setattr(kernels, "stage_rows", rows_then_meet)
+    monkeypatch.setattr(peer, "stage_dispatch", dispatch_then_meet)
+    monkeypatch.setattr(peer, "stage_rows", rows_then_meet)
 
 
 def tokens_and_routes(case: str, rank: int, world: int, top_k: int, num_experts: int):

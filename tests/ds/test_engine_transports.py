@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import flashfusemoe_ds as ffmoe
+from flashfusemoe_ds.config import FlashFuseMoEConfig
+from flashfusemoe_ds.ds.engine import _summary
 from tests.distributed import run_ranks
 from tests.ds import tiny
 
@@ -42,3 +44,9 @@ def test_transports_have_their_layers_names_and_close_in_the_models_order() -> N
     for names, closed in run_ranks(2, named_and_closed):
         assert names == {"moe_a.deepspeed_moe": "moe_a.deepspeed_moe", "moe_b.deepspeed_moe": "moe_b.deepspeed_moe"}
         assert closed == ["moe_a.deepspeed_moe", "moe_b.deepspeed_moe"]
+
+
+def test_the_log_says_nothing_of_layers_that_an_engine_has_not() -> None:
+    """As under AutoEP, whose layers have a line of their own."""
+    said = _summary(FlashFuseMoEConfig(), [], "after backward: the engine has no optimizer")
+    assert said == "flashfusemoe: gradients are reduced after backward: the engine has no optimizer"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from transformers.activations import ACT2CLS  # noqa: E402
 
 import flashfusemoe_ds as ffmoe  # noqa: E402
 from flashfusemoe_ds.hf import experts as hf_experts  # noqa: E402
+from flashfusemoe_ds.hf.transposed import TransposedProducts  # noqa: E402
+from flashfusemoe_ds.kernels.products import ExpertProducts  # noqa: E402
 from tests.hf.models import batch, build  # noqa: E402
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -329,6 +332,16 @@ def test_refusals() -> None:
     ffmoe.register_experts_implementation(gemm_backend="triton")
     with pytest.raises(ValueError, match="GptOssExperts has transposed parameters; valid here: 'grouped_mm'"):
         experts_module(gpt_oss, "flashfusemoe")(*inputs())
+
+
+def test_transposed_products_have_the_whole_protocol() -> None:
+    wanted = {
+        name: f for name, f in vars(ExpertProducts).items() if inspect.isfunction(f) and not name.startswith("_")
+    }
+    assert {"yielding", "up", "down", "dgated", "dx", "dw_down", "dw_up"} == wanted.keys()
+    for name, function in wanted.items():
+        own, of_protocol = (inspect.signature(f).parameters for f in (getattr(TransposedProducts, name), function))
+        assert [p.kind for p in own.values()] == [p.kind for p in of_protocol.values()], name
 
 
 def test_without_transformers() -> None:

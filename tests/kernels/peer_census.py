@@ -12,8 +12,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from flashfusemoe_ds.kernels import triton_peer as kernels
-from flashfusemoe_ds.kernels.triton_peer import Peers, Slab
+from flashfusemoe_ds.kernels import peer
+from flashfusemoe_ds.kernels.peer_slab import Slab
 from tests.kernels import census
 
 # Rows move 16 bytes at a time, through shared memory: several tiles are under way at once.
@@ -21,12 +21,12 @@ ROWS = ("LDGSTS.E.BYPASS.128", "STG.E.128")
 # A stage: everybody's writes, then the ticket, the flags, the wait.
 MEETS = ("MEMBAR.ALL.GPU", "ATOMG.E.ADD.64.STRONG.GPU", "MEMBAR.ALL.SYS", "LDG.E.64.STRONG.SYS")
 EXPECTS = {
-    "_stage_dispatch_kernel": (*ROWS, *MEETS),
-    "_stage_rows_kernel": (*ROWS, *MEETS),
-    "_fetch_dispatch_kernel": ROWS,
-    "_fetch_rows_kernel": ROWS,
-    "_sum_home_kernel": ROWS,
-    "_give_up_kernel": ("MEMBAR.ALL.SYS",),
+    "stage_dispatch_kernel": (*ROWS, *MEETS),
+    "stage_rows_kernel": (*ROWS, *MEETS),
+    "fetch_dispatch_kernel": ROWS,
+    "fetch_rows_kernel": ROWS,
+    "sum_home_kernel": ROWS,
+    "give_up_kernel": ("MEMBAR.ALL.SYS",),
 }
 
 
@@ -48,19 +48,19 @@ def launches(
     tokens, room = 4096, num_ranks * 4096
     slab = Slab(num_ranks, tokens, top_k, hidden * dtype.itemsize)
     state = [empty(n, dtype=torch.int64) for n in (num_ranks, 3, 1)]
-    peers = Peers(rank, slab, *state, num_programs=24, timeout_ns=600 * 10**9)
+    peers = peer.Peers(rank, slab, *state, num_programs=24, timeout_ns=600 * 10**9)
     x, y = empty(tokens, hidden, dtype=dtype), empty(room, hidden, dtype=dtype)
     idx, weight = empty(tokens, top_k, dtype=torch.int64), empty(tokens, top_k, dtype=torch.float32)
-    with census.record(kernels, f"{num_ranks} ranks, {hidden}, {dtype}", ()) as recorded:
+    with census.record(peer, f"{num_ranks} ranks, {hidden}, {dtype}", ()) as recorded:
         local_experts = num_experts // num_ranks
-        pos, plan = kernels.stage_dispatch(peers, x, idx, weight, local_experts, room, room * top_k)
-        *_, weight_RK, origin = kernels.fetch_dispatch(peers, x, plan, top_k, local_experts, room)
-        kernels.stage_rows(peers, y, plan, home=True, weight_RK=weight_RK)
-        kernels.sum_home(peers, y, plan, pos, weight_RK)
+        pos, plan = peer.stage_dispatch(peers, x, idx, weight, local_experts, room, room * top_k)
+        *_, weight_RK, origin = peer.fetch_dispatch(peers, x, plan, top_k, local_experts, room)
+        peer.stage_rows(peers, y, plan, home=True, weight_RK=weight_RK)
+        peer.sum_home(peers, y, plan, pos, weight_RK)
         if all_kernels:
-            kernels.stage_rows(peers, x, plan, home=False)
-            kernels.fetch_rows(peers, x, plan, origin)
-            kernels.give_up(peers, "combine")
+            peer.stage_rows(peers, x, plan, home=False)
+            peer.fetch_rows(peers, x, plan, origin)
+            peer.give_up(peers, "combine")
     return recorded
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashfusemoe_ds import FlashFuseMoEConfig, MoE
-from flashfusemoe_ds.kernels import deepspeed_routing, routing
+from flashfusemoe_ds.kernels import deepspeed_routing, routing, triton_logits
 from flashfusemoe_ds.nn import deepspeed_gating as gating_module
 from flashfusemoe_ds.nn.deepspeed_gating import DeepSpeedGating, deepspeed_gating, route_fused
 from tests.close import relative_error
@@ -188,7 +188,7 @@ def test_corners(tokens: int, experts: int, k: int, drop_tokens: bool) -> None:
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_many_tiles_in_few_programs(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each program walks over several tiles of tokens, and places go on from one to the next."""
-    monkeypatch.setattr(routing, "MAX_PARTIALS", 3)
+    monkeypatch.setattr(triton_logits, "MAX_PARTIALS", 3)
     logits = make_logits(500, 6)
     for drop_tokens in (False, True):
         gating = make_gating(k, drop_tokens=drop_tokens, use_rts=True, capacity_factor=0.7)
@@ -260,7 +260,7 @@ def test_broken_logits_stay_in_bounds(name: str, bad: float, monkeypatch: pytest
     logits[7] = bad
     logits[9, 1:] = bad
     # In a product with the identity, a NaN would spread over its row.
-    monkeypatch.setattr(routing, "gate_product", lambda x, gate: (x.clone(), False))
+    monkeypatch.setattr(deepspeed_routing, "gate_product", lambda x, gate: (x.clone(), False))
     used = make_used(70) if gating.k == 1 else None
     assert used is None or not used[[3, 7, 9]].all()  # a NaN shows even where the token is not used
     actual, expected = fused(logits, gating, used), twin(logits, gating, used)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashfusemoe_ds.kernels import triton_peer as kernels
-from flashfusemoe_ds.kernels.triton_peer import Failure, Peers, Slab
+from flashfusemoe_ds.kernels import peer
+from flashfusemoe_ds.kernels.peer import Peers
+from flashfusemoe_ds.kernels.peer_slab import HEADER_BYTES, NO_ROOM, PEER_FAILED, TIMED_OUT, Failure, Slab
 from tests.dispatch.contract import CASES, routes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +27,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """The interpreter pays for every element of a tile, used or not."""
     if "as they are" not in request.node.name:
         for name, size in (("TILE_WORDS", 256), ("SUM_BYTES", 2048), ("PLACE_ENTRIES", 64), ("FLAT", 64)):
-            monkeypatch.setattr(kernels, name, size)
+            monkeypatch.setattr(peer, name, size)
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Ranks:
         self.memory = [torch.full((slab.num_bytes,), 0x5A, dtype=torch.uint8, device=DEVICE) for _ in range(num_ranks)]
         addresses = torch.tensor([m.data_ptr() for m in self.memory], device=DEVICE)
         for m in self.memory:
-            m[: kernels.HEADER_BYTES] = 0
+            m[:HEADER_BYTES] = 0
         self.peers = [
             Peers(rank, slab, addresses, torch.zeros(3, dtype=torch.int64, device=DEVICE), self._failure(), 3, 1,
                   wait=False)
@@ -72,31 +73,30 @@ class Ranks:
         max_routes: int = ROOM,
     ) -> list[Sent]:  # fmt: skip
         staged = [
-            kernels.stage_dispatch(peers, x, idx, w, self.local_experts, max_rows or ROOM, max_routes)
+            peer.stage_dispatch(peers, x, idx, w, self.local_experts, max_rows or ROOM, max_routes)
             for peers, x, idx, w in zip(self.peers, xs, idxs, weights, strict=True)
         ]
         for peers, (_, plan) in zip(self.peers, staged, strict=True):
-            kernels.plan_dispatch(peers, plan, max_rows or ROOM, max_routes)
+            peer.plan_dispatch(peers, plan, max_rows or ROOM, max_routes)
         return [
-            Sent(x, *own, *kernels.fetch_dispatch(
+            Sent(x, *own, *peer.fetch_dispatch(
                 peers, x, own[1], idxs[0].shape[1], self.local_experts, max_rows or int(own[1][-2])))
             for peers, x, own in zip(self.peers, xs, staged, strict=True)
         ]  # fmt: skip
 
     def redispatch(self, xs: list[Tensor], sent: list[Sent]) -> list[Tensor]:
         for peers, x, s in zip(self.peers, xs, sent, strict=True):
-            kernels.stage_rows(peers, x, s.plan, home=False)
-        return [kernels.fetch_rows(p, x, s.plan, s.origin_R) for p, x, s in zip(self.peers, xs, sent, strict=True)]
+            peer.stage_rows(peers, x, s.plan, home=False)
+        return [peer.fetch_rows(p, x, s.plan, s.origin_R) for p, x, s in zip(self.peers, xs, sent, strict=True)]
 
     def combine(
         self, ys: list[Tensor], sent: list[Sent], weights: list[Tensor] | None = None
     ) -> list[tuple[Tensor, Tensor | None]]:
         weights = weights or [None] * len(ys)
         for peers, y, w, s in zip(self.peers, ys, weights, sent, strict=True):
-            kernels.stage_rows(peers, y, s.plan, home=True, weight_RK=w)
+            peer.stage_rows(peers, y, s.plan, home=True, weight_RK=w)
         return [
-            kernels.sum_home(p, y, s.plan, s.pos_TP, w)
-            for p, y, w, s in zip(self.peers, ys, weights, sent, strict=True)
+            peer.sum_home(p, y, s.plan, s.pos_TP, w) for p, y, w, s in zip(self.peers, ys, weights, sent, strict=True)
         ]
 
     def failures(self) -> list[Failure | None]:
@@ -200,7 +200,7 @@ def test_widths_and_dtypes_that_no_tile_divides(dtype: torch.dtype, width: int) 
 def test_tiles_strips_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several strips, programs with several tiles, lists of several chunks, and some of them ragged."""
     for name in ("TILE_WORDS", "SUM_BYTES", "FLAT", "PLACE_ENTRIES"):
-        monkeypatch.setattr(kernels, name, 64 if name == "SUM_BYTES" else 16)
+        monkeypatch.setattr(peer, name, 64 if name == "SUM_BYTES" else 16)
     g = torch.Generator().manual_seed(1)
     ranks = Ranks(2, 4, 40, 2, 20 * 4)
     rows = (24, 13)
@@ -252,7 +252,7 @@ def test_more_routes_than_room_poison_what_follows() -> None:
     """Rank 0 gets more than it has room for: no expert sees a row, results are NaN, and rank 1 learns of it."""
     ranks, data = Ranks(2, 4, 20, 2, 64), all_ranks("all to rank 0", 2, 4, 16, world=2)
     sent = ranks.dispatch(*data, max_rows=40, max_routes=31)
-    assert ranks.failures() == [Failure(kernels.NO_ROOM, "dispatch", (), 32), None]
+    assert ranks.failures() == [Failure(NO_ROOM, "dispatch", (), 32), None]
     assert (sent[0].idx_RK == -1).all() and sent[0].x_RD.isnan().all()
     out, _ = ranks.combine([s.x_RD for s in sent], sent)[0]
     assert out.isnan().all()
@@ -262,7 +262,7 @@ def test_more_routes_than_room_poison_what_follows() -> None:
     assert flags[0] == 1 << 62 and flags[1] == 3
     # A failure stays, and the first one is the one that is told.
     ranks.dispatch(*data, max_rows=40, max_routes=31)
-    assert ranks.failures()[0] == Failure(kernels.NO_ROOM, "dispatch", (), 32)
+    assert ranks.failures()[0] == Failure(NO_ROOM, "dispatch", (), 32)
 
 
 def test_just_enough_room() -> None:
@@ -273,16 +273,14 @@ def test_just_enough_room() -> None:
 
 def test_giving_up() -> None:
     ranks = Ranks(3, 3, 4, 1, 64)
-    kernels.give_up(ranks.peers[1], "combine")
+    peer.give_up(ranks.peers[1], "combine")
     assert [int(m[8:16].view(torch.int64)) for m in ranks.memory] == [1 << 62] * 3
-    assert ranks.failures()[1] == Failure(kernels.PEER_FAILED, "combine", (1,), 0)
+    assert ranks.failures()[1] == Failure(PEER_FAILED, "combine", (1,), 0)
 
 
 def test_failures_by_number() -> None:
     assert Failure.decode(0) is None
-    assert Failure.decode(kernels.TIMED_OUT + 2 * 16 + 0b1010 * 256) == Failure(
-        kernels.TIMED_OUT, "combine", (1, 3), 0
-    )
+    assert Failure.decode(TIMED_OUT + 2 * 16 + 0b1010 * 256) == Failure(TIMED_OUT, "combine", (1, 3), 0)
 
 
 def test_layout_of_a_slab() -> None:
@@ -290,4 +288,4 @@ def test_layout_of_a_slab() -> None:
     offsets = sorted(slab.offsets.values())
     assert all(value % 256 == 0 for value in offsets)
     assert slab.offsets["BUFFER"] - slab.offsets["AT_ROWS"] >= 3 * 10 * 48
-    assert slab.num_bytes == kernels.HEADER_BYTES + 2 * slab.offsets["BUFFER"]
+    assert slab.num_bytes == HEADER_BYTES + 2 * slab.offsets["BUFFER"]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashfusemoe_ds.kernels import routing
+from flashfusemoe_ds.kernels import routing, triton_logits
 from flashfusemoe_ds.nn.losses import load_balancing_loss, router_z_loss
 from flashfusemoe_ds.nn.router import (
     GATINGS,
@@ -161,7 +161,7 @@ def test_groups_of_any_number(groups: int, top_groups: int, group_score: str, sc
 
 def test_partial_sums_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, so that each walks over several tiles of tokens."""
-    monkeypatch.setattr(routing, "MAX_PARTIALS", 3)
+    monkeypatch.setattr(triton_logits, "MAX_PARTIALS", 3)
     check(500, 6, 2, GATINGS["softmax"])
 
 
