@@ -58,7 +58,7 @@ KEEP_TILE = 512  # routes in a program of the drops by value
 Keep = Callable[[Tensor, Tensor], Tensor]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "per_program"])
 def _choose_kernel(
     parts_ptr,
     logits_ptr,
@@ -146,7 +146,7 @@ def _choose_kernel(
     tl.store(counts_ptr + column, tl.sum(count, axis=0), mask=is_expert)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_programs"])
 def _finish_kernel(
     probs_ptr,
     counts_ptr,
@@ -211,7 +211,7 @@ def _store_routes(idx_ptr, weight_ptr, at, inside, expert, prob, is_kept, RENORM
     tl.store(weight_ptr + at, prob, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "per_program", "limit"])
 def _drop_late_kernel(
     choice_ptr,
     prob_ptr,
@@ -251,7 +251,7 @@ def _drop_late_kernel(
         _store_routes(idx_ptr, weight_ptr, at, inside, expert, prob, is_kept, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _drop_unkept_kernel(
     choice_ptr,
     prob_ptr,

@@ -73,7 +73,7 @@ def _close_groups(
     return tl.where(is_open, key, tl.minimum(key, CLOSED))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _choose_kernel(
     parts_ptr,
     logits_ptr,
@@ -173,7 +173,7 @@ def _choose_kernel(
         tl.store(z_ptr + program, tl.sum(z_sum, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_partials"])
 def _finish_kernel(
     probs_ptr,
     z_ptr,

@@ -50,7 +50,7 @@ def _sum_partials(ds_ptr, pos_ptr, routes, is_token, num_routes, TOKENS: tl.cons
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_routes", "copy_programs"])
 def _dlogits_kernel(
     logits_ptr,
     idx_ptr,

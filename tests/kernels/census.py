@@ -36,6 +36,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -102,6 +103,8 @@ def type_of(value: Any) -> str:
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, int):
         return "i32"
+    if isinstance(value, float):
+        return "fp32"
     layout = getattr(value, "layout", None)  # of a Gluon descriptor
     block = ", ".join(map(str, value.block_shape))
     return f"tensordesc<{TYPES[value.base.dtype]}[{block}]{'' if layout is None else f',{layout!r}'}>"

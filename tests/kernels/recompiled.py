@@ -11,15 +11,26 @@ from collections.abc import Iterator
 
 import torch
 
-from flashfusemoe_ds.kernels import hopper_products, triton_exchange, triton_gather_sum, triton_order, triton_products
+from flashfusemoe_ds.kernels import (
+    deepspeed_routing,
+    hopper_products,
+    routing,
+    routing_backward,
+    triton_exchange,
+    triton_gather_sum,
+    triton_order,
+    triton_products,
+)
 from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.kernels.order import max_tiles
+from flashfusemoe_ds.kernels.routing_rule import Rule
 from tests.kernels.census import Launch, meta_order, record
 
 D, F, EXPERTS, TOP_K, RANKS = 1024, 2048, 8, 2, 2
 # Multiples of 16 and not, of rows alone and of routes too; in tiles as well.
 ROWS = (8192, 8193, 8200, 8184, 8111)
 ACTIVATION = get_activation("swiglu")
+RULE = Rule(TOP_K, True, False, True, 1.0, 0, 0, False)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -32,6 +43,20 @@ def launches(rows: int) -> Iterator[Launch]:
     order, weight = meta_order(rows, TOP_K, EXPERTS), empty(rows, TOP_K, dtype=torch.float32)
     x, idx = empty(rows, D), empty(rows, TOP_K, dtype=torch.int64)
     up, down = empty(EXPERTS, h, D), empty(EXPERTS, D, F)
+    with record(routing, "router") as recorded:
+        routing.choose(empty(rows, EXPERTS, dtype=torch.float32), False, None, RULE, 0.01, 0.001, True)
+    yield from recorded
+    with record(routing_backward, "router's backward") as recorded:
+        routing_backward.gate_gradients(
+            x, empty(EXPERTS, D), empty(rows, EXPERTS, dtype=torch.float32), idx, None,
+            empty(8, n, dtype=torch.float32), None, None, RULE, 0.0, 0.0, True, True, order.pos_RK,
+        )  # fmt: skip
+    yield from recorded
+    with record(deepspeed_routing, "DeepSpeed's gate") as recorded:
+        logits = empty(rows, EXPERTS, dtype=torch.float32)
+        deepspeed_routing.choose(logits, False, 2, None, None, rows // EXPERTS, None)
+        deepspeed_routing.choose(logits, False, 4, None, None, None, lambda probs, idx: torch.empty_like(idx).bool())
+    yield from recorded
     with record(triton_order, "order") as recorded:
         triton_order.sort_routes(idx, EXPERTS, n, 128, max_tiles(n, EXPERTS))
     yield from recorded
