@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,13 @@ class Training:
     """What a plan takes from a DeepSpeed config.
 
     Attributes:
+        section: this package's, with its defaults.
+        stage: of ZeRO, 0 to 3.
         dtype: of the model.
         micro_batch, accumulation: train_micro_batch_size_per_gpu and gradient_accumulation_steps.
+        optimizer: the config's, or the client's.
+        autoep: whether `expert_parallel` is enabled.
+        autoep_size: its ep_size; None without AutoEP.
         bucket_numel: elements that are reduced together.
         staging: bytes that DeepSpeed's ZeRO 1 and 2 allocate at the first gradient.
         max_live: of ZeRO-3, elements that may be gathered at a time.
@@ -118,11 +123,11 @@ def read_training(config: Mapping[str, Any], optimizer: str | None = None) -> Tr
         section=section,
         stage=stage,
         dtype=dtype,
-        micro_batch=_number(config, "train_micro_batch_size_per_gpu", "train_micro_batch_size_per_gpu", 1),
-        accumulation=_number(config, "gradient_accumulation_steps", "gradient_accumulation_steps", 1),
+        micro_batch=_number(config, "train_micro_batch_size_per_gpu", "train_micro_batch_size_per_gpu", 1, least=1),
+        accumulation=_number(config, "gradient_accumulation_steps", "gradient_accumulation_steps", 1, least=1),
         optimizer=_optimizer(config.get("optimizer"), optimizer),
         autoep=autoep,
-        autoep_size=_number(parallel, "expert_parallel.autoep_size", "autoep_size", 1) if autoep else None,
+        autoep_size=_number(parallel, "expert_parallel.autoep_size", "autoep_size", 1, least=1) if autoep else None,
         bucket_numel=min(bucket, OUR_BUCKET) if ours else bucket,
         staging=buffers * bucket * dtype.itemsize,
         max_live=_number(zero, "zero_optimization.stage3_max_live_parameters", "stage3_max_live_parameters", 10**9),
@@ -136,10 +141,15 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section
 
 
-def _number(section: Mapping[str, Any], name: str, key: str, default: int) -> int:
+def _number(section: Mapping[str, Any], name: str, key: str, default: int, *, least: int = 0) -> int:
     value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
-        raise ValueError(f"{name} is {value!r}; a plan needs a number (Trainer fills in 'auto' only when it runs)")
+    # json reads Infinity and NaN too, which have no int.
+    whole = value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(
+            f"{name} is {value!r}; a plan needs a whole number, at least {least} (Trainer fills in 'auto' only when "
+            "it runs)"
+        )
     return int(value)
 
 
@@ -267,6 +277,7 @@ class Rates:
     grads_gbps: float = GRADS_GBPS
 
     def exchange(self, ep_backend: str) -> ExchangeCost:
+        """A backend's cost: what was given, else what is known of it."""
         known = EXCHANGE_COSTS[ep_backend]
         return ExchangeCost(
             known.gbps if self.exchange_gbps is None else self.exchange_gbps,
@@ -275,6 +286,7 @@ class Rates:
 
 
 def valid_ep_sizes(subject: Subject, gpus: int) -> list[int]:
+    """The ep_sizes that divide the GPUs and every layer's experts, ascending; only 1 where an engine spreads none."""
     experts = math.gcd(gpus, *(shape.num_experts for shape in subject.shapes()))
     return [1] if subject.one_rank else [n for n in range(1, experts + 1) if experts % n == 0]
 
@@ -299,9 +311,11 @@ def make_plan(
         why = "the model has MoELayers, which an engine does not spread" if subject.one_rank else (
             f"it must divide the {gpus} GPUs and every layer's experts"
         )  # fmt: skip
-        raise ValueError(f"ep_size is {ep_size}; {why}. Valid: {', '.join(map(str, valid))}")
+        raise ValueError(f"ep_size is {ep_size}; {why}. Valid: {_listed(valid)}")
     section, itemsize = training.section, training.dtype.itemsize
-    _check_transport(ep_backend, ep_size, subject, training)
+    refusal = _transport_refusal(ep_backend, ep_size, subject, training)
+    if refusal is not None:
+        raise ValueError(refusal)
 
     def room(shape: MoEShape) -> tuple[int, int] | None:
         return static_room(shape, ep_size, section.symm_mem) if ep_backend == "symm_mem" else None
@@ -357,7 +371,7 @@ def make_plan(
         parameters=numel,
         expert_parameters=sharded,
         memory=memory,
-        wire=_wire(subject, training, loads, groups, gpus, ep_size, ep_backend, rates, checkpointing),
+        wire=_wire(subject, training, loads, groups, ep_size, ep_backend, rates, checkpointing),
         notes=tuple(_notes(subject, training, ep_size, ep_backend, skew, rates)),
     )
 
@@ -380,27 +394,29 @@ def _activations(
     return (moe_kept - shared, traced.kept - moe_kept + shared), traced.peak
 
 
-def _check_transport(ep_backend: str, ep_size: int, subject: Subject, training: Training) -> None:
+def _transport_refusal(ep_backend: str, ep_size: int, subject: Subject, training: Training) -> str | None:
+    """Why a transport cannot exchange this model's rows; None if it can."""
     if ep_backend not in BACKENDS:
-        raise ValueError(f"ep_backend is {ep_backend!r}; a plan takes {', '.join(BACKENDS)}")
+        return f"ep_backend is {ep_backend!r}; a plan takes {', '.join(BACKENDS)}"
     if ep_size == 1 or ep_backend == "nccl":
-        return
+        return None
     most = getattr(training.section, ep_backend).max_tokens_per_rank
     if subject.tokens > most:
-        raise ValueError(
+        return (
             f"flashfusemoe.{ep_backend}.max_tokens_per_rank is {most}, and there are {subject.tokens} tokens per GPU "
             "and micro batch; set it to at least that"
         )
     if ep_backend == "symm_mem":
-        for shape in set(subject.shapes()):
+        for shape in subject.shapes():
             reason = symm_mem.geometry_refusal(ep_size, shape.geometry(training.dtype), training.section.symm_mem)
             if reason is not None:
-                raise ValueError(f"ep_backend symm_mem: {reason}")
+                return f"ep_backend symm_mem: {reason}"
+    return None
 
 
 def _wire(
-    subject: Subject, training: Training, loads: Sequence[Load], groups: Sequence[ParamGroup], gpus: int,
-    ep_size: int, ep_backend: str, rates: Rates, checkpointing: bool,
+    subject: Subject, training: Training, loads: Sequence[Load], groups: Sequence[ParamGroup], ep_size: int,
+    ep_backend: str, rates: Rates, checkpointing: bool,
 ) -> Wire:  # fmt: skip
     itemsize, stage = training.dtype.itemsize, training.stage
     exchange, moving_us, fixed_us = 0, 0.0, 0.0
@@ -540,21 +556,43 @@ def _gib(size: int | None) -> str:
 
 
 def fitting(
-    subject: Subject, training: Training, gpus: int, plans: Sequence[Plan], memory_gib: float, checkpointing: bool
+    subject: Subject,
+    training: Training,
+    gpus: int,
+    plans: Sequence[Plan],
+    ep_backend: str,
+    memory_gib: float,
+    checkpointing: bool,
 ) -> str | None:
-    """Which ep_sizes fit, where one that was asked for does not; at its transport and skew."""
-    too_large = next((p for p in plans if p.memory.peak > memory_gib * GIB), None)
-    if too_large is None:
+    """Which ep_sizes fit, where one that was asked for does not: at the transport and skew of the first such plan that
+    has a transport. None where all plans fit.
+
+    Args:
+        ep_backend: the transport to look at where only plans of ep_size 1, which have none, do not fit.
+    """
+    too_large = [p for p in plans if p.memory.peak > memory_gib * GIB]
+    if not too_large:
         return None
-    backend = next((p.ep_backend for p in plans if p.ep_backend != "none"), "nccl")
-    fits = [
-        n
-        for n in valid_ep_sizes(subject, gpus)
-        if make_plan(subject, training, gpus, n, backend, too_large.skew, checkpointing=checkpointing).memory.peak
-        <= memory_gib * GIB
-    ]
-    found = f"fits: ep_size {', '.join(map(str, fits))}" if fits else "no ep_size fits"
-    return f"of the ep_sizes that divide GPUs and experts, with {backend}, at skew {too_large.skew:g}, {found}"
+    named = next((p for p in too_large if p.ep_backend != "none"), too_large[0])
+    backend = ep_backend if named.ep_backend == "none" else named.ep_backend
+    fits: list[int] = []
+    refused: dict[int, str] = {}
+    for n in valid_ep_sizes(subject, gpus):
+        refusal = _transport_refusal(backend, n, subject, training)
+        if refusal is not None:
+            refused[n] = refusal
+            continue
+        found = make_plan(subject, training, gpus, n, backend, named.skew, checkpointing=checkpointing)
+        if found.memory.peak <= memory_gib * GIB:
+            fits.append(n)
+    said = f"fits: ep_size {_listed(fits)}" if fits else "no ep_size fits"
+    if refused:
+        said += f"; refused: ep_size {_listed(refused)}: {next(iter(refused.values()))}"
+    return f"of the ep_sizes that divide GPUs and experts, with {backend}, at skew {named.skew:g}, {said}"
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -663,8 +701,10 @@ def run(args: argparse.Namespace) -> str:
     if args.json:
         return json.dumps([{**asdict(plan), "peak": plan.memory.peak} for plan in plans], indent=1)
     text = render(plans, training, subject, args.gpus, args.memory)
-    advice = args.memory and fitting(subject, training, args.gpus, plans, args.memory, args.gradient_checkpointing)
-    return f"{text}\n{advice}" if advice else text
+    if args.memory is None:
+        return text
+    advice = fitting(subject, training, args.gpus, plans, backends[0], args.memory, args.gradient_checkpointing)
+    return text if advice is None else f"{text}\n{advice}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,11 @@ class Subject:
     one_rank: bool = False
 
     def expert_params(self) -> set[nn.Parameter]:
+        """Parameters of all layers' experts: those of one rank, after `configure`."""
         return {param for layer in self.experts for param in layer.parameters()}
 
     def shapes(self) -> list[MoEShape]:
+        """Of each MoE layer, in order."""
         return [layer.shape for layer in self.experts]
 
     def configure(
@@ -77,7 +79,7 @@ def from_transformers(
     """A model of a Transformers config, trained on `batch` texts of `length` tokens.
 
     Raises:
-        ImportError: transformers is missing.
+        ImportError: transformers is missing, or older than 5.6.
         ValueError: no such config, or a model without MoE layers.
     """
     from flashfusemoe_ds.hf.meta_model import model_from_config, top_k_of
@@ -111,8 +113,8 @@ def replace_packed(model: nn.Module, top_k: int | None, *, gate_apart: bool = Fa
                 continue  # all of Transformers' experts say it, and nothing else does
             up = "gate_up_proj" if isinstance(getattr(module, "gate_up_proj", None), Tensor) else "up_proj"
             if top_k is None:
-                name = type(module).__name__
-                raise ValueError(f"{name}: the model's config does not say how many experts a token has")
+                kind = type(module).__name__
+                raise ValueError(f"{kind}: the model's config does not say how many experts a token has")
             transposed = module.is_transposed
             num_experts, *sizes = getattr(module, up).shape
             hidden, width = sizes if transposed else sizes[::-1]
@@ -303,7 +305,7 @@ def from_shape(shape: MoEShape, tokens: int, layers: int, dtype: torch.dtype) ->
 
 
 @contextlib.contextmanager
-def quiet() -> Any:
+def quiet() -> Iterator[None]:
     """Without what libraries say of a model that nobody is going to run."""
     loggers = [logging.getLogger(name) for name in ("DeepSpeed", "transformers")]
     before = [logger.level for logger in loggers]

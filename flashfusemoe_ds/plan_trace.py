@@ -117,6 +117,7 @@ class PlannedExperts(nn.Module):
             self.register_parameter(name, nn.Parameter(weight))
 
     def prepare(self, x_TD: Tensor) -> Tensor:
+        """The rows to dispatch, as they are: layers ask their experts for them."""
         return x_TD
 
     def forward(self, x: Any, *routing: Any) -> Tensor:
@@ -126,17 +127,20 @@ class PlannedExperts(nn.Module):
         return _Experts.apply(x, weight, self, *self.parameters())
 
     def kept(self) -> dict[str, int]:
+        """Bytes kept from the forward to the backward, by name, with `extra_kept` as "router"; after `configure`."""
         assert self.load is not None
         kept = kept_bytes(self.shape, self.load, self.itemsize, self.recompute)
         return kept if self.extra_kept is None else {**kept, "router": self.extra_kept(self.load.tokens)}
 
     def phases(self) -> list[Phase]:
+        """The backward's moments and their bytes beyond what is kept; after `configure`."""
         assert self.load is not None
         return backward_phases(
             self.shape, self.load, self.itemsize, self.recompute, input_grad_first=self.input_grad_first
         )
 
     def forward_bytes(self) -> int:
+        """The most that the forward has allocated beside what is kept; after `configure`."""
         assert self.load is not None
         return forward_bytes(self.shape, self.load, self.itemsize, self.recompute)
 

@@ -59,6 +59,7 @@ class MoEShape:
     top_k: int
 
     def geometry(self, dtype: torch.dtype) -> Geometry:
+        """What transports know of the layer: its rows, of this dtype, and their routing."""
         return Geometry(self.num_experts, self.hidden_size, self.top_k, dtype)
 
 
@@ -230,7 +231,7 @@ class Exchanges(NamedTuple):
 
 
 class ExchangeCost(NamedTuple):
-    """What exchanges take on a machine, none of them beside anything else: bytes over a rate, and a fixed part.
+    """What an exchange takes on a machine that does nothing else meanwhile: its bytes over a rate, and a fixed part.
 
     Attributes:
         gbps: GB/s that one GPU receives.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from flashfusemoe_ds import MoELayer, plan, planning
 from flashfusemoe_ds.config import FlashFuseMoEConfig
+from flashfusemoe_ds.dispatch.symm_mem import MAX_RANKS
 from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.peer_slab import Slab
@@ -639,6 +640,37 @@ def test_text_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
 SHAPE = ("--shape", "64,32,16,8,2", "--gpus", "4")
 
 
+def advice(tmp_path: Path, *words: str) -> str:
+    """The text's last line."""
+    return plan.run(plan.parse_args(["--config", str(write(tmp_path)), *SHAPE, *words])).splitlines()[-1]
+
+
+def test_advice_is_for_the_transport_that_does_not_fit(tmp_path: Path) -> None:
+    both = ("--backend", "nccl", "symm_mem")
+    nccl, symm_mem = (p["peak"] / plan.GIB for p in command(tmp_path, *SHAPE, "--ep_size", "2", *both))
+    assert nccl < symm_mem
+    between = ("--memory", str((nccl + symm_mem) / 2))
+    alone = command(tmp_path, *SHAPE, "--ep_size", "1")[0]["peak"] / plan.GIB
+    assert alone < symm_mem
+    said = advice(tmp_path, "--ep_size", "2", *both, *between)
+    assert "with symm_mem, at skew 1, fits: ep_size 1" in said
+    # ep_size 1 has no transport: the first that was asked for, or one that does not fit either.
+    little = ("--memory", str(min(alone, nccl) / 2))
+    assert "with symm_mem, at skew 1, no ep_size fits" in advice(
+        tmp_path, "--ep_size", "1", "--backend", "symm_mem", *little
+    )
+    plans = ("--ep_size", "1", "2", "--backend", "symm_mem", "nccl", "--skew", "1.5")
+    assert "with symm_mem, at skew 1.5" in advice(tmp_path, *plans, *little)
+
+
+def test_advice_says_which_ep_sizes_a_transport_refuses(tmp_path: Path) -> None:
+    words = ("--shape", "64,32,16,128,2", "--gpus", "128", "--ep_size", "2", "--backend", "symm_mem")
+    path = write(tmp_path)
+    text = plan.run(plan.parse_args(["--config", str(path), *words, "--memory", "0.001"]))
+    assert "no ep_size fits; refused: ep_size " in text
+    assert f"128: ep_backend symm_mem: ep_size is {2 * MAX_RANKS}; at most {MAX_RANKS} GPUs" in text
+
+
 FACTORY = "tests.test_plan:build_moe_layer"
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 FEW = {"flashfusemoe": {"symm_mem": {"max_tokens_per_rank": 32}}}
@@ -662,8 +694,12 @@ FEW = {"flashfusemoe": {"symm_mem": {"max_tokens_per_rank": 32}}}
         (
             SHAPE,
             {"gradient_accumulation_steps": "auto"},
-            "gradient_accumulation_steps is 'auto'; a plan needs a number",
+            "gradient_accumulation_steps is 'auto'; a plan needs a whole number, at least 1",
         ),
+        (SHAPE, {"gradient_accumulation_steps": float("inf")}, "gradient_accumulation_steps is inf; a plan needs"),
+        (SHAPE, {"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu is 0; a plan needs"),
+        (SHAPE, {"zero_optimization": {"stage": float("nan")}}, "zero_optimization.stage is nan; a plan needs"),
+        (SHAPE, {"zero_optimization": {"reduce_bucket_size": 0.5}}, "reduce_bucket_size is 0.5; a plan needs"),
         (SHAPE, {"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; valid: 0, 1, 2, 3"),
         (SHAPE, OFFLOAD, "zero_optimization.offload_optimizer: no formula"),
         (SHAPE, {"flashfusemoe": {"ep_backend": "nvlink"}}, 'flashfusemoe.ep_backend is "nvlink"'),
