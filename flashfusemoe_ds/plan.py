@@ -106,13 +106,10 @@ def read_training(config: Mapping[str, Any], optimizer: str | None = None) -> Tr
         raise ValueError(f"zero_optimization.stage is {stage}; valid: 0, 1, 2, 3")
     dtype = torch.float32
     for name, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        enabled = _section(config, name).get("enabled", False)
-        if not isinstance(enabled, bool):
-            raise ValueError(f"{name}.enabled is {enabled!r}; a plan needs true or false")
-        dtype = kind if enabled else dtype
+        dtype = kind if _is_enabled(config, name) else dtype
     _refuse_unknown(config, zero)
     parallel = _section(config, "expert_parallel")
-    autoep = bool(parallel.get("enabled", False))
+    autoep = _is_enabled(config, "expert_parallel")
     ours = section.overlap_dense_grads
     bucket = _number(zero, "zero_optimization.reduce_bucket_size", "reduce_bucket_size",
                      OUR_BUCKET if ours and stage in (1, 2) else THEIR_BUCKET)  # fmt: skip
@@ -141,6 +138,13 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section
 
 
+def _is_enabled(config: Mapping[str, Any], name: str) -> bool:
+    enabled = _section(config, name).get("enabled", False)
+    if not isinstance(enabled, bool):
+        raise ValueError(f"{name}.enabled is {enabled!r}; a plan needs true or false")
+    return enabled
+
+
 def _number(section: Mapping[str, Any], name: str, key: str, default: int, *, least: int = 0) -> int:
     value = section.get(key, default)
     # json reads Infinity and NaN too, which have no int.
@@ -157,10 +161,9 @@ def _refuse_unknown(config: Mapping[str, Any], zero: Mapping[str, Any]) -> None:
     """ValueError for what would change the result and is in no formula."""
     found = [f"zero_optimization.{key}" for key in ("offload_optimizer", "offload_param", "zenflow") if zero.get(key)]
     found += [name for name in ("data_types", "torch_autocast") if _section(config, name)]
-    if _section(config, "tensor_parallel").get("autotp_size", 1) > 1:
-        found.append("tensor_parallel.autotp_size")
-    if _section(config, "expert_parallel").get("expert_tensor_parallel_size", 1) > 1:
-        found.append("expert_parallel.expert_tensor_parallel_size")
+    for name, key in (("tensor_parallel", "autotp_size"), ("expert_parallel", "expert_tensor_parallel_size")):
+        if _number(_section(config, name), f"{name}.{key}", key, 1) > 1:
+            found.append(f"{name}.{key}")
     if found:
         raise ValueError(f"{', '.join(found)}: no formula of a plan knows it; plan without it")
 
@@ -168,7 +171,8 @@ def _refuse_unknown(config: Mapping[str, Any], zero: Mapping[str, Any]) -> None:
 def _optimizer(section: Any, named: str | None) -> Optimizer:
     params: Mapping[str, Any] = {}
     if section is not None:
-        named, params = str(_section({"optimizer": section}, "optimizer").get("type", "")), section.get("params") or {}
+        named = str(_section({"optimizer": section}, "optimizer").get("type", ""))
+        params = _section({"optimizer.params": section.get("params")}, "optimizer.params")
     if named is None:
         raise ValueError(f'the config has no "optimizer"; name it: --optimizer {" | ".join(OPTIMIZER_STATES)}')
     name = named.lower()

@@ -697,6 +697,13 @@ FEW = {"flashfusemoe": {"symm_mem": {"max_tokens_per_rank": 32}}}
             "gradient_accumulation_steps is 'auto'; a plan needs a whole number, at least 1",
         ),
         (SHAPE, {"gradient_accumulation_steps": float("inf")}, "gradient_accumulation_steps is inf; a plan needs"),
+        (SHAPE, {"tensor_parallel": {"autotp_size": "auto"}}, "tensor_parallel.autotp_size is 'auto'; a plan needs"),
+        (SHAPE, {"expert_parallel": {"enabled": "false"}}, "expert_parallel.enabled is 'false'; a plan needs true or"),
+        (
+            SHAPE,
+            {"optimizer": {"type": "AdamW", "params": [1e-3]}},
+            "optimizer.params is [0.001]; it must be a JSON object",
+        ),
         (SHAPE, {"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu is 0; a plan needs"),
         (SHAPE, {"zero_optimization": {"stage": float("nan")}}, "zero_optimization.stage is nan; a plan needs"),
         (SHAPE, {"zero_optimization": {"reduce_bucket_size": 0.5}}, "reduce_bucket_size is 0.5; a plan needs"),
