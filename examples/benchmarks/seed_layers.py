@@ -45,8 +45,29 @@ class Variant:
     rival: str = ""
 
 
+def transport(name: str) -> tuple[str, float | None]:
+    """ "symm_mem:2" -> ("symm_mem", 2.0): with room for so many times the mean of routes, so that no host waits.
+
+    Raises:
+        ValueError: another transport with room, or room that is no positive number.
+    """
+    ep_backend, colon, room = name.partition(":")
+    if not colon:
+        return ep_backend, None
+    try:
+        capacity_factor = float(room)
+    except ValueError:
+        capacity_factor = 0.0
+    if ep_backend != "symm_mem" or not capacity_factor > 0:
+        raise ValueError(f"--ep_backend {name}: only symm_mem takes a capacity_factor, a positive number: symm_mem:2")
+    return ep_backend, capacity_factor
+
+
 def ours(bench: Bench, ep_backend: str) -> Layer:
-    return layers.ours(bench) if bench.group is None else ep_layers.ours(bench, ep_backend)
+    if bench.group is None:
+        return layers.ours(bench)
+    name, capacity_factor = transport(ep_backend)
+    return ep_layers.ours(bench, name, capacity_factor=capacity_factor)
 
 
 def variants(ep_backends: Sequence[str] = ("nccl",)) -> dict[str, Variant]:

@@ -48,7 +48,7 @@ from deepspeed.utils import groups
 from machine import describe
 from plain_training import PRECISIONS, PlainTraining, TrainingGroups
 from ranks import Failed, Failure, Ranks
-from seed_layers import Variant, build_model, expert_loads, kept_bytes, routed_layers, variants
+from seed_layers import Variant, build_model, expert_loads, kept_bytes, routed_layers, transport, variants
 from seed_model import SIZES, add_model_arguments, model_config, parameter_counts, random_batches
 from seed_report import document, table
 from step import command, quiet_libraries, say
@@ -73,7 +73,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--ep_backend",
         nargs="+",
         default=["nccl"],
-        help="our transport between expert-parallel ranks; further ones get rows of their own (default: nccl)",
+        help="our transport between expert-parallel ranks, or symm_mem:2 with its capacity_factor; further ones get "
+        "rows of their own (default: nccl)",
     )
     what.add_argument(
         "--compile", choices=("model", "blocks"), default="model", help="what is one call to torch.compile"
@@ -115,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.ep_backend[1:] and args.model.ep_size == 1:
             raise ValueError(f"--ep_backend {' '.join(args.ep_backend)}: at EP=1 nothing is exchanged; name one")
         for name in args.ep_backend:
-            check_backend(name)
+            check_backend(transport(name)[0])
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     return args

@@ -117,6 +117,8 @@ def test_curves_of_transports(tmp_path: Path) -> None:
         (["--ep_size", "3"], "ep_size=3: must divide num_experts=4, so be one of [1, 2, 4]"),
         (["--ep_size", "2"], "--ep_size 2: must divide the 1 processes"),
         (["--ep_backend", "post"], 'ep_backend is "post"'),
+        (["--ep_backend", "nccl:2"], "--ep_backend nccl:2: only symm_mem takes a capacity_factor"),
+        (["--ep_backend", "symm_mem:much"], "--ep_backend symm_mem:much: only symm_mem takes a capacity_factor"),
         (["--ep_backend", "nccl", "hybrid"], "--ep_backend nccl hybrid: at EP=1 nothing is exchanged"),
         (["--capacity_factor", "1.0"], "--capacity_factor: these layers drop nothing"),
         (["--warmup", "1"], "--warmup 1: must be at least 2"),
