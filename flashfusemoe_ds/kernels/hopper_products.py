@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """`HopperProducts`: the experts' six products on H100 and H200, in warp-specialised Gluon.
 
-The kernels are in hopper_rows.py and hopper_weights.py; this file makes their TMA descriptors and launches them. What
-they do not take goes to `TritonProducts`, which this class extends: float32, widths that are not multiples of 8, and
-where W's rows run along the summed dimension (dgated, dX) a dimension that is no multiple of 64, since the last step
-would read the next expert's weights, times zeros, and zero times NaN is NaN.
+The kernels are in hopper_rows.py, hopper_dgated.py and hopper_weights.py; this file makes their TMA descriptors and
+launches them. What they do not take goes to `TritonProducts`, which this class extends: float32, widths that are not
+multiples of 8, and where W's rows run along the summed dimension (dgated, dX) a dimension that is no multiple of 64,
+since the last step would read the next expert's weights, times zeros, and zero times NaN is NaN.
 Operands, results and rounding are those of `TritonProducts`, so either may compute any product of one step.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashfusemoe_ds.kernels import hopper_rows, hopper_weights
+from flashfusemoe_ds.kernels import hopper_dgated, hopper_rows, hopper_weights
 from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.hopper_pipeline import BLOCK_K, BLOCK_M, BLOCK_N, HALF_M, SWIZZLED
 from flashfusemoe_ds.kernels.launch import Descriptor, launch
@@ -192,7 +192,7 @@ class HopperProducts(TritonProducts):
         column_tiles = cdiv(f, _TILE_N)
         ds_PN = h_NH.new_empty(column_tiles + (b_down_eD is not None), order.num_routes, dtype=torch.float32)
         launch(
-            hopper_rows.dgated_kernel,
+            hopper_dgated.dgated_kernel,
             self._grid(order.max_tiles * column_tiles),
             dout_RD,
             _descriptor(w_down_eDF, _FLAT),

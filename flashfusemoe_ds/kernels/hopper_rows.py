@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Hopper kernels whose rows are sorted routes: up, down, dX (`rows_kernel`) and dgated (`dgated_kernel`).
+"""Hopper kernel whose rows are sorted routes: up, down and dX; and the producer that dgated shares.
 
 A tile is 128 routes of one expert by 256 columns. Its rows come through TMA where they lie in sorted order (A of down,
 dH of dX), or one by one through cp.async where the tile's order names them (X of up, dY of dgated); weights come
@@ -19,7 +19,6 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
     CONSUMER_REGS,
     HALF_M,
     MMA,
-    NARROW,
     PRODUCER_REGS,
     STAGES,
     SWIZZLED,
@@ -27,7 +26,6 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
     column_halves,
     cp_async,
     curve,
-    curve_and_slope,
     grouped,
     make_barriers,
     multiply,
@@ -37,9 +35,6 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
     tma_store,
     wait_empty,
 )
-
-SLICE_M = gl.constexpr(16)  # rows and columns of dgated's epilogue at a time
-SLICE_N = gl.constexpr(64)
 
 
 @gluon.jit
@@ -343,208 +338,5 @@ def rows_kernel(
                         CURVE, BIAS)),
         (produce, (a, w_desc, w2_desc, row_N, tiles_M4, num_tiles_1, a_ring, b_ring, full, empty, column_tiles, K,
                    w_rows, second, GATHER, W_TRANSPOSED, PAIRED, APART, EVEN_K)),
-    ], [4, 4], [CONSUMER_REGS, PRODUCER_REGS])
-    # fmt: on
-
-
-@gluon.jit
-def load_h(h, offsets, partner, mask, GATED: gl.constexpr):
-    """A slice of H and, if gated, of its partner columns."""
-    g = gl.load(h + offsets, mask=mask, other=0.0)
-    u = g
-    if GATED:
-        u = gl.load(h + partner + offsets, mask=mask, other=0.0)
-    return g, u
-
-
-@gluon.jit
-def finish_slice(
-    buffer,
-    g,
-    u,
-    weight,
-    h,
-    dh,
-    a,
-    h_offsets,
-    a_offsets,
-    width,
-    F,
-    rows,
-    stop,
-    columns,
-    left,
-    INDEX: gl.constexpr,
-    CURVE: gl.constexpr,
-    GATED: gl.constexpr,
-):
-    """Stores dH and A of 16 rows of a [64, 64] block, of which g and u are H. Returns the rows' share of dS, and the
-    H of the slice to come: the next 16 rows, or the next block's first.
-
-    The slices of a block are INDEX = 0 to 3; `left` columns of the tile are left from this block on.
-    """
-    dtype: gl.constexpr = a.dtype.element_ty
-    if INDEX + 1 < HALF_M // SLICE_M:
-        mask = (rows + (INDEX + 1) * SLICE_M < stop)[:, None] & (columns < left)[None, :]
-        next_g, next_u = load_h(h + (INDEX + 1) * SLICE_M * width, h_offsets, F, mask, GATED)
-    else:
-        mask = (rows < stop)[:, None] & (columns < left - SLICE_N)[None, :]
-        next_g, next_u = load_h(h + SLICE_N, h_offsets, F, mask, GATED)
-
-    mask = (rows + INDEX * SLICE_M < stop)[:, None] & (columns < left)[None, :]
-    da = buffer.slice(INDEX * SLICE_M, SLICE_M, 0).load(NARROW).to(gl.float32)
-    value, slope = curve_and_slope(g.to(gl.float32), CURVE)
-    if GATED:
-        up = u.to(gl.float32)
-        act = value * up
-        slope = slope * up
-    else:
-        act = value
-    ds = gl.sum(da * act, 1)
-    gl.store(a + INDEX * SLICE_M * F + a_offsets, (act * weight[:, None]).to(dtype), mask=mask)
-    da = da * weight[:, None]
-    dh_slice = dh + INDEX * SLICE_M * width + h_offsets
-    gl.store(dh_slice, (da * slope).to(dtype), mask=mask)
-    if GATED:
-        gl.store(dh_slice + F, (da * value).to(dtype), mask=mask)
-    return ds, next_g, next_u
-
-
-@gluon.jit
-def consume_dgated(
-    a_ring,
-    b_ring,
-    buffers,
-    full,
-    empty,
-    weight_RK,
-    route_N,
-    tiles_M4,
-    num_tiles_1,
-    h,
-    dh,
-    a,
-    ds_PN,
-    num_routes,
-    column_tiles,
-    D,
-    F,
-    HALF: gl.constexpr,
-    CURVE: gl.constexpr,
-    GATED: gl.constexpr,
-):
-    """One half of every tile: dA = dY W_down, then slice by slice of 16 x 64 what H makes of it.
-
-    The epilogue is loops, not unrolled code: unrolled for all slices of both halves it missed the instruction cache,
-    and dgated took 1.57 ms where this takes 0.86 (qwen3's shape). A slice's H is loaded one slice ahead, the first one
-    before the products. 32 rows a slice are as fast, and spill.
-    """
-    dtype: gl.constexpr = a.dtype.element_ty
-    num_tiles = gl.load(num_tiles_1)
-    rows = HALF * HALF_M + gl.arange(0, SLICE_M, gl.SliceLayout(1, NARROW))
-    columns = gl.arange(0, SLICE_N, gl.SliceLayout(0, NARROW))
-    if GATED:
-        width = 2 * F
-    else:
-        width = F
-    ho = rows[:, None] * width + columns[None, :]
-    ao = rows[:, None] * F + columns[None, :]
-    step = 0
-    _, start, end, base = read_tile(tiles_M4, gl.program_id(0), num_tiles, column_tiles)
-    for t in range(gl.program_id(0), num_tiles * column_tiles, gl.num_programs(0)):
-        row, n = place(t, column_tiles, start, end, base)
-        stop = end - row
-        col0 = n * (2 * BLOCK_N)
-        left = gl.minimum(F - col0, 2 * BLOCK_N)
-        h_tile = h + row.to(gl.int64) * width + col0
-        dh_tile = dh + row.to(gl.int64) * width + col0
-        a_tile = a + row.to(gl.int64) * F + col0
-        weight0 = route_weights(weight_RK, route_N + row, rows, stop)
-        weight1 = route_weights(weight_RK, route_N + row, rows + SLICE_M, stop)
-        weight2 = route_weights(weight_RK, route_N + row, rows + 2 * SLICE_M, stop)
-        weight3 = route_weights(weight_RK, route_N + row, rows + 3 * SLICE_M, stop)
-        g, u = load_h(h_tile, ho, F, (rows < stop)[:, None] & (columns < left)[None, :], GATED)
-        _, start, end, base = read_tile(tiles_M4, t + gl.num_programs(0), num_tiles, column_tiles)
-        acc0, acc1, step = multiply(a_ring, b_ring, full, empty, step, gl.cdiv(D, BLOCK_K), HALF, False, False, True)
-
-        ds0 = gl.zeros((SLICE_M,), gl.float32, gl.SliceLayout(1, NARROW))
-        ds1 = ds0
-        ds2 = ds0
-        ds3 = ds0
-        for half in range(2):
-            left_part, right_part = column_halves(acc0, BLOCK_N)
-            buffers.index(2 * HALF).store(left_part.to(dtype))
-            buffers.index(2 * HALF + 1).store(right_part.to(dtype))
-            for c in range(2):
-                off = (2 * half + c) * SLICE_N
-                b = buffers.index(2 * HALF + c)
-                hp = h_tile + off
-                dp = dh_tile + off
-                ap = a_tile + off
-                rest = left - off
-                # fmt: off
-                ds, g, u = finish_slice(b, g, u, weight0, hp, dp, ap, ho, ao, width, F, rows, stop, columns, rest, 0,
-                                        CURVE, GATED)
-                ds0 += ds
-                ds, g, u = finish_slice(b, g, u, weight1, hp, dp, ap, ho, ao, width, F, rows, stop, columns, rest, 1,
-                                        CURVE, GATED)
-                ds1 += ds
-                ds, g, u = finish_slice(b, g, u, weight2, hp, dp, ap, ho, ao, width, F, rows, stop, columns, rest, 2,
-                                        CURVE, GATED)
-                ds2 += ds
-                ds, g, u = finish_slice(b, g, u, weight3, hp, dp, ap, ho, ao, width, F, rows, stop, columns, rest, 3,
-                                        CURVE, GATED)
-                ds3 += ds
-                # fmt: on
-            acc0 = acc1
-        ds_tile = ds_PN + n.to(gl.int64) * num_routes + row
-        gl.store(ds_tile + rows, ds0, mask=rows < stop)
-        gl.store(ds_tile + rows + SLICE_M, ds1, mask=rows + SLICE_M < stop)
-        gl.store(ds_tile + rows + 2 * SLICE_M, ds2, mask=rows + 2 * SLICE_M < stop)
-        gl.store(ds_tile + rows + 3 * SLICE_M, ds3, mask=rows + 3 * SLICE_M < stop)
-
-
-@gluon.jit(do_not_specialize=["num_routes"])
-def dgated_kernel(
-    dout_RD,
-    w_desc,
-    weight_RK,
-    row_N,
-    route_N,
-    tiles_M4,
-    num_tiles_1,
-    h,
-    dh,
-    a,
-    ds_PN,
-    num_routes,
-    column_tiles,
-    D8,
-    F8,
-    CURVE: gl.constexpr,
-    GATED: gl.constexpr,
-):
-    """dA = dY[row_N] W_down, and from H: dH (may be H itself), A = weight * act(H), and dS, one partial sum a column
-    tile, [cdiv(F, 256), N]. Launch with num_warps=4.
-
-    Args:
-        w_desc: descriptor of W_down [e * D, F] in blocks [64, 128].
-        D8, F8: D / 8 and F / 8, see rows_kernel. D is a multiple of 64.
-    """
-    dtype: gl.constexpr = a.dtype.element_ty
-    D = D8 * 8
-    F = F8 * 8
-    a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], SWIZZLED)
-    b_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_N], SWIZZLED)
-    buffers = gl.allocate_shared_memory(dtype, [4, HALF_M, SLICE_N], SWIZZLED)
-    full, empty = make_barriers(129)
-    # fmt: off
-    gl.warp_specialize([
-        (consume_dgated, (a_ring, b_ring, buffers, full, empty, weight_RK, route_N, tiles_M4, num_tiles_1, h, dh, a,
-                          ds_PN, num_routes, column_tiles, D, F, 0, CURVE, GATED)),
-        (consume_dgated, (a_ring, b_ring, buffers, full, empty, weight_RK, route_N, tiles_M4, num_tiles_1, h, dh, a,
-                          ds_PN, num_routes, column_tiles, D, F, 1, CURVE, GATED)),
-        (produce, (dout_RD, w_desc, w_desc, row_N, tiles_M4, num_tiles_1, a_ring, b_ring, full, empty, column_tiles, D,
-                   D, 0, True, False, False, False, True)),
     ], [4, 4], [CONSUMER_REGS, PRODUCER_REGS])
     # fmt: on
