@@ -21,13 +21,16 @@ LEVELS = {
     "planning": 3,
     "ds": 4,
     "hf": 4,
+    "plan_config": 4,
     "plan_trace": 4,
     "report": 5,
     "convert_checkpoint": 5,
     "plot_load": 5,
     "plan_model": 5,
-    "plan": 6,
-    "__init__": 7,
+    "plan_numbers": 6,
+    "plan_text": 7,
+    "plan": 8,
+    "__init__": 9,
 }
 # Third parties that may appear only in some places.
 ONLY_IN = {

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"
 SOURCES = sorted((ROOT / "flashfusemoe_ds").rglob("*.py"))
 # A plan's errors are about the command line that was just typed, and name the option and what it takes.
-OF_A_PLAN = ("plan.py", "plan_model.py", "plan_trace.py", "planning.py", "meta_model.py")
+OF_A_PLAN = (
+    "plan.py", "plan_config.py", "plan_numbers.py", "plan_text.py", "plan_model.py", "plan_trace.py", "planning.py",
+    "meta_model.py",
+)  # fmt: skip
 # What stands for the parts of a message that are known only when it is raised.
 HOLE = "\0"
 # Raised at a programmer, who reads the traceback: a name that a module does not have, and Python's own protocol.

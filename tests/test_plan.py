@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashfusemoe_ds import MoELayer, plan, planning
+from flashfusemoe_ds import MoELayer, plan, plan_numbers, planning
 from flashfusemoe_ds.config import FlashFuseMoEConfig
 from flashfusemoe_ds.dispatch.symm_mem import MAX_RANKS
 from flashfusemoe_ds.kernels.activation import get_activation
@@ -30,6 +30,7 @@ from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.peer_slab import Slab
 from flashfusemoe_ds.kernels.select import select_products
 from flashfusemoe_ds.plan_model import from_shape, from_transformers
+from flashfusemoe_ds.plan_text import GIB
 from flashfusemoe_ds.plan_trace import GradientRule, Ledger, trace
 from flashfusemoe_ds.planning import MoEShape, Optimizer, expected_load
 from tests.distributed import run_ranks
@@ -170,13 +171,13 @@ def test_the_costs_of_two_h200s_follow_from_their_times() -> None:
     sizes = planning.exchange_bytes(shape, expected_load(shape, T, 2).received, 2)
     page = (ROOT / "docs" / "planning.md").read_text()
     rows = re.findall(r"^\| `(\w+)`[^|]*\| ([\d, ]+) \| (\d+) \| ([\d, ]+) \|$", page, re.MULTILINE)
-    assert [row[0] for row in rows] == list(plan.EXCHANGE_COSTS) == list(plan.BACKENDS)
+    assert [row[0] for row in rows] == list(plan_numbers.EXCHANGE_COSTS) == list(plan_numbers.BACKENDS)
     for name, us, gbps, fixed in rows:
         took, beside = ([int(number) for number in cell.split(",")] for cell in (us, fixed))
         rate = round(max(size / each / 1e3 for size, each in zip(sizes, took, strict=True)))
         rest = [max(0, round(each - size / rate / 1e3)) for size, each in zip(sizes, took, strict=True)]
         assert (rate, rest) == (int(gbps), beside)
-        assert plan.EXCHANGE_COSTS[name] == (rate, tuple(rest))
+        assert plan_numbers.EXCHANGE_COSTS[name] == (rate, tuple(rest))
 
 
 # --- transports ----------------------------------------------------------------------------------------------------
@@ -601,7 +602,7 @@ def test_wire_and_fixed_costs(tmp_path: Path) -> None:
     assert alone["wire"]["exchange_ms"] == alone["wire"]["exchange_fixed_ms"] == 0
     rows = 51  # of 64: 22 of 28 pairs of experts have one of a rank's four
     assert plain["wire"]["exchange"] == 3 * 2 * rows * (4 * 32 * 4 + 16 + 8)
-    nccl = plan.EXCHANGE_COSTS["nccl"]
+    nccl = plan_numbers.EXCHANGE_COSTS["nccl"]
     assert plain["wire"]["exchange_ms"] == pytest.approx(plain["wire"]["exchange"] / nccl.gbps / 1e6)
     assert plain["wire"]["exchange_fixed_ms"] == pytest.approx(3 * 2 * sum(nccl.fixed_us) / 1e3)
     given = command(tmp_path, *words, "--exchange_gbps", "2", "--exchange_us", "1", "20", "300", "4000",
@@ -628,7 +629,7 @@ def test_text_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
         float(next(line for line in text.splitlines() if line.strip().startswith(label)).split()[-1])
         for label in ("dispatch and combine: wire", "with fixed costs (host and launches)")
     )
-    assert fixed == pytest.approx(wire + 4 * sum(plan.EXCHANGE_COSTS["nccl"].fixed_us) / 1e3, abs=0.011)
+    assert fixed == pytest.approx(wire + 4 * sum(plan_numbers.EXCHANGE_COSTS["nccl"].fixed_us) / 1e3, abs=0.011)
     peak = next(line for line in text.splitlines() if line.strip().startswith("peak  "))
     one, eight = map(float, peak.split()[1:])
     assert one > 6 > eight
@@ -647,10 +648,10 @@ def advice(tmp_path: Path, *words: str) -> str:
 
 def test_advice_is_for_the_transport_that_does_not_fit(tmp_path: Path) -> None:
     both = ("--backend", "nccl", "symm_mem")
-    nccl, symm_mem = (p["peak"] / plan.GIB for p in command(tmp_path, *SHAPE, "--ep_size", "2", *both))
+    nccl, symm_mem = (p["peak"] / GIB for p in command(tmp_path, *SHAPE, "--ep_size", "2", *both))
     assert nccl < symm_mem
     between = ("--memory", str((nccl + symm_mem) / 2))
-    alone = command(tmp_path, *SHAPE, "--ep_size", "1")[0]["peak"] / plan.GIB
+    alone = command(tmp_path, *SHAPE, "--ep_size", "1")[0]["peak"] / GIB
     assert alone < symm_mem
     said = advice(tmp_path, "--ep_size", "2", *both, *between)
     assert "with symm_mem, at skew 1, fits: ep_size 1" in said

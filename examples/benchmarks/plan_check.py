@@ -43,8 +43,10 @@ from torch import Tensor
 import flashfusemoe_ds
 from flashfusemoe_ds.dispatch.base import Combined, Dispatcher, Pending
 from flashfusemoe_ds.ds.autoep import FusedAutoEPMoELayer
-from flashfusemoe_ds.plan import BACKENDS, GIB, Plan, Rates, make_plan, read_training
+from flashfusemoe_ds.plan_config import read_training
 from flashfusemoe_ds.plan_model import from_transformers
+from flashfusemoe_ds.plan_numbers import BACKENDS, Plan, Rates, make_plan
+from flashfusemoe_ds.plan_text import GIB
 from flashfusemoe_ds.planning import MoEShape
 from flashfusemoe_ds.types import Dispatched
 
