@@ -46,12 +46,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -59,14 +57,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import deepspeed
 import torch
 import torch.distributed as dist
+from autoep_report import document, model_line, table
+from autoep_trace import MoEPhases, moe_times
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from device_trace import BACKWARD, FORWARD, OPTIMIZER, Kernel, Role, num_steps
-from intervals import length
+from device_trace import OPTIMIZER, num_steps
 from machine import describe
-from report import heading
 from step import DTYPES, command, quiet_libraries, say
+from step_arguments import add_timing_arguments, check_timing_arguments
 from step_engines import check_backend, group_names, join, world_size
-from step_report import percentile, times_stock
 from timed_steps import TimedSteps, between_ms, now, take_turns
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -162,27 +160,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     how = parser.add_argument_group("how")
     how.add_argument("--apart", action="store_true", help="one engine in memory at a time; no turns")
-    how.add_argument("--warmup", type=int, default=3, help="steps of every engine before anything counts (default: 3)")
-    how.add_argument("--rounds", type=int, default=4, help="blocks of every engine (default: 4)")
-    how.add_argument("--steps", type=int, default=4, help="timed steps of a block (default: 4)")
-    how.add_argument("--profile_steps", type=int, default=2, help="profiled steps, on GPUs; 0 is none (default: 2)")
-    how.add_argument("--trace", action="store_true", help="keep Chrome traces; needs --out")
-    how.add_argument("--out", type=Path, help="folder for autoep_step.md and autoep_step.json")
-    how.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    add_timing_arguments(
+        how,
+        "engine",
+        steps=4,
+        profile_steps=2,
+        files="autoep_step.md and autoep_step.json",
+        trace="keep Chrome traces; needs --out",
+    )
     args = parser.parse_args(argv)
 
     args.context = CONTEXTS[args.size] if args.context is None else args.context
-    for name in ("num_layers", "vocab_size", "autoep_size", "batch", "context", "accumulation", "rounds", "steps"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name} {getattr(args, name)}: must be positive")
-    if args.warmup < 2:
-        parser.error(f"--warmup {args.warmup}: must be at least 2, kernels are tuned in the first step")
-    if args.profile_steps < 0 or args.gradient_clipping < 0:
-        parser.error("--profile_steps and --gradient_clipping must not be negative")
-    gpu = torch.cuda.is_available()
-    if args.trace and not (gpu and args.out and args.profile_steps):
-        parser.error("--trace: needs a GPU, --out and at least one of --profile_steps")
-    args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
+    positive = ("num_layers", "vocab_size", "autoep_size", "batch", "context", "accumulation")
+    check_timing_arguments(parser, args, positive)
+    args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     args.stages, args.keys = list(dict.fromkeys(args.stage)), list(dict.fromkeys(args.layers))
     if args.bf16_states and (args.dtype != "bfloat16" or 0 in args.stages):
         parser.error("--bf16_states: needs --dtype bfloat16 and a --stage of 1, 2 or 3")
@@ -246,82 +237,6 @@ def random_batches(args: argparse.Namespace, rank: int, device: torch.device) ->
     generator = torch.Generator().manual_seed(1_000_003 * args.seed + rank)
     size = (NUM_BATCHES, args.accumulation, args.batch, args.context)
     return torch.randint(args.model["vocab_size"], size, generator=generator).to(device)
-
-
-class MoEPhases:
-    """Annotates a profile with the MoE layers' parts of a step, so that each kernel tells whether a layer launched it.
-
-    A layer's forward is FORWARD, its backward, from the gradient of its output to that of its input, BACKWARD; they do
-    not overlap, as device_trace demands. Where a decoder layer is computed again inside the backward of its own MoE
-    layer (activation checkpointing), the backward pauses.
-    """
-
-    def __init__(self) -> None:
-        self._phase: str | None = None
-        self._annotation: Any = None
-        self._paused = False
-
-    @contextmanager
-    def of(self, model: nn.Module) -> Iterator[None]:
-        """Annotates while it is open."""
-        handles = []
-        for module in model.modules():
-            if isinstance(module, AutoEPMoELayer):
-                handles.append(module.register_forward_pre_hook(lambda *_: self._begin(FORWARD)))
-                # Also where the forward is cut short by an exception, as checkpointing ends its second forward.
-                handles.append(module.register_forward_hook(self._after_forward, always_call=True))
-            elif any(isinstance(child, AutoEPMoELayer) for child in module.children()):
-                handles.append(module.register_forward_pre_hook(lambda *_: self._pause()))
-                handles.append(module.register_forward_hook(lambda *_: self._resume(), always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _begin(self, phase: str) -> None:
-        self._end()
-        self._phase, self._annotation = phase, record_function(phase)
-        self._annotation.__enter__()
-
-    def _end(self) -> None:
-        if self._annotation is not None:
-            self._annotation.__exit__(None, None, None)
-        self._phase = self._annotation = None
-
-    def _after_forward(self, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        self._end()
-        y = output[0] if isinstance(output, tuple) else output
-        if y is not None and y.requires_grad and inputs[0].requires_grad:
-            y.register_hook(lambda _: self._begin(BACKWARD))
-            inputs[0].register_hook(lambda _: self._end())
-
-    def _pause(self) -> None:
-        if self._phase == BACKWARD:
-            self._end()
-            self._paused = True
-
-    def _resume(self) -> None:
-        if self._paused:
-            self._begin(BACKWARD)
-            self._paused = False
-
-
-def moe_times(kernels: list[Kernel], step: int) -> dict[str, float]:
-    """ms of a step in which a kernel runs that was launched in: a MoE layer's "forward", "backward", either ("moe"),
-    the "optimizer", anywhere ("all"). Gradients' collectives are in the last one alone."""
-    gradients = (Role.DENSE, Role.EXPERTS, Role.PARAMETERS)
-
-    def busy(*phases: str) -> float:
-        return length(k.interval for k in kernels if k.step == step and k.phase in phases and k.role not in gradients)
-
-    return {
-        "forward": busy(FORWARD),
-        "backward": busy(BACKWARD),
-        "moe": busy(FORWARD, BACKWARD),
-        "optimizer": busy(OPTIMIZER),
-        "all": length(k.interval for k in kernels if k.step == step),
-    }
 
 
 class Run:
@@ -439,75 +354,6 @@ def _ready(key: str, stage: int, args: argparse.Namespace, batches: Tensor) -> R
     run.timed.warm_up(args.warmup)
     say(f"ZeRO {stage}, {CONTENDERS[key].title}: ready after {time.monotonic() - start:.1f} s")
     return run
-
-
-COLUMNS = (
-    "ZeRO", "MoE layers", "step p50 ms", "p90 ms", "tokens/s", "times stock", "fwd+bwd ms", "times stock",
-    "optimizer ms", "peak GiB", "MoE fwd ms", "MoE bwd ms", "MoE % of kernels", "busiest expert",
-    "loss, first to last",
-)  # fmt: skip
-LEGEND = (
-    "A step is all its forwards and backwards and the optimizer; its time is from the end of the step before, steps "
-    "following one another without a pause, the slowest rank's. Times stock: the fastest AutoEP engine's p50 at this "
-    "stage over this one's. Peak: most of one engine's memory on a GPU. MoE: time in which a kernel of a MoE layer "
-    "runs, from a profile, and its share of the time in which any kernel runs. Busiest expert: its tokens over the "
-    "mean, in the worst layer."
-)
-
-
-def _cells(row: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
-    def number(value: float | None, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    p50, forward_backward = median(row["step_ms"]), median(row["forward_backward_ms"])
-    same_stage = [other for other in outcome["rows"] if other["stage"] == row["stage"]]
-    as_steps = [{**other, "step_ms": other["forward_backward_ms"]} for other in same_stage]
-    profile = {name: median(step[name] for step in row["moe"]) for name in row["moe"][0]} if row["moe"] else {}
-    return [
-        str(row["stage"]),
-        f"**{row['title']}**" if row["ours"] else row["title"],
-        number(p50, 2),
-        number(percentile(row["step_ms"], 0.9), 2),
-        f"{1e3 * outcome['tokens_per_step'] / p50:,.0f}",
-        number(times_stock(row, same_stage), 2),
-        number(forward_backward, 2),
-        number(times_stock({**row, "step_ms": row["forward_backward_ms"]}, as_steps), 2),
-        number(p50 - forward_backward, 2),
-        number(None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30, 1),
-        number(profile.get("forward"), 2),
-        number(profile.get("backward"), 2),
-        number(100 * profile["moe"] / profile["all"] if profile else None, 0),
-        number(max(row["max_over_mean_load"]), 2),
-        f"{row['losses'][0]:.4f} to {row['losses'][-1]:.4f}",
-    ]
-
-
-def table(outcome: dict[str, Any]) -> str:
-    rows = outcome["rows"]
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_cells(row, outcome)) + " |" for row in rows]
-    remarks = [f"- ZeRO {row['stage']}, {row['title']}: {row['note']}" for row in rows if row["note"]]
-    return "\n".join([*lines, *[""] * bool(remarks), *remarks])
-
-
-def model_line(outcome: dict[str, Any]) -> str:
-    model, size, settings = outcome["model"], outcome["parameters"], outcome["settings"]
-    optimizers = ", ".join(dict.fromkeys(row["optimizer"] for row in outcome["rows"]))
-    return (
-        f"Qwen3MoeForCausalLM, {model['num_hidden_layers']} layers of width {model['hidden_size']}, "
-        f"{model['num_experts']} experts of {model['moe_intermediate_size']} (top-{model['num_experts_per_tok']}), "
-        f"{model['vocab_size']} words; {size['total'] / 1e9:.2f} B parameters, {size['active'] / 1e9:.2f} B active; "
-        f"{outcome['world_size']} processes, autoep_size {settings['autoep_size']}, {settings['batch']} x "
-        f"{settings['context']} tokens on each, {settings['accumulation']} times a step, {settings['dtype']}"
-        f"{', states in bf16' if settings['bf16_states'] else ''}"
-        f"{', activations recomputed' if settings['checkpointing'] else ''}, ep_backend {settings['ep_backend']}; "
-        f"{optimizers}; engines {'one after the other' if settings['apart'] else 'in turns'}"
-    )
-
-
-def document(outcome: dict[str, Any]) -> str:
-    parts = ["## Training steps under AutoEP", heading(outcome), model_line(outcome), LEGEND, table(outcome)]
-    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

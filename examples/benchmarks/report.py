@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -83,10 +84,19 @@ def of_single(result: dict[str, Any], row: dict[str, Any]) -> float | None:
     return median(single) / median(row["step_ms"]) if single and row["step_ms"] else None
 
 
-def _cells(result: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
-    def number(value: float | None, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
+def number(value: float | None, digits: int) -> str:
+    """A cell's text; empty for None."""
+    return "" if value is None else f"{value:.{digits}f}"
 
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], remarks: Sequence[str] = ()) -> str:
+    """A table with these cells, and the remarks under it as a list."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
+    return "\n".join([*lines, *[""] * bool(remarks), *(f"- {remark}" for remark in remarks)])
+
+
+def _cells(result: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
     def mebibytes(value: int | None) -> str:
         return "" if value is None else f"{value / 2**20:.1f}" if value < 2**24 else f"{value / 2**20:.0f}"
 
@@ -123,20 +133,14 @@ def table(result: dict[str, Any]) -> str:
     world = world_size(result)
     columns = PARALLEL_COLUMNS if world > 1 else COLUMNS
     parallel = f", EP={world}" if world > 1 else ""
-    lines = [
-        f"### {shape['name']} ({sizes}){parallel}, {result['routing']} routing, {result['dtype']}",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|" + "---|" * len(columns),
-    ]
+    heading_line = f"### {shape['name']} ({sizes}){parallel}, {result['routing']} routing, {result['dtype']}"
     measured = [row for row in result["layers"] if row["step_ms"]]
-    lines += ["| " + " | ".join(map(_cells(result, row).__getitem__, columns)) + " |" for row in measured]
-    remarks = [(row["title"], row["note"]) for row in measured if row["note"]]
+    rows = [list(map(_cells(result, row).__getitem__, columns)) for row in measured]
+    remarks = [f"{row['title']}: {row['note']}" for row in measured if row["note"]]
     remarks += [
-        (row["title"], f"{row['status']}: {row['reason']}") for row in result["layers"] if row["status"] != "ok"
+        f"{row['title']}: {row['status']}: {row['reason']}" for row in result["layers"] if row["status"] != "ok"
     ]
-    lines += [""] * bool(remarks) + [f"- {title}: {text}" for title, text in remarks]
-    return "\n".join(lines)
+    return f"{heading_line}\n\n{markdown_table(columns, rows, remarks)}"
 
 
 def device(run: dict[str, Any]) -> str:

@@ -52,6 +52,7 @@ from seed_layers import Variant, build_model, expert_loads, kept_bytes, routed_l
 from seed_model import SIZES, add_model_arguments, model_config, parameter_counts, random_batches
 from seed_report import document, table
 from step import command, quiet_libraries, say
+from step_arguments import add_timing_arguments, check_timing_arguments
 from step_engines import check_backend, group_names, join, world_size
 from timed_steps import TimedSteps, take_turns
 from torch import Tensor
@@ -87,21 +88,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
 
     how = parser.add_argument_group("how")
-    how.add_argument("--warmup", type=int, default=3, help="steps of every layer before anything counts (default: 3)")
-    how.add_argument("--rounds", type=int, default=4, help="blocks of every layer (default: 4)")
-    how.add_argument("--steps", type=int, default=5, help="timed steps of a block (default: 5)")
-    how.add_argument("--profile_steps", type=int, default=1, help="profiled steps, on GPUs; 0 is none (default: 1)")
-    how.add_argument("--out", type=Path, help="folder for seed_lm.md, seed_lm.json and seed_lm.png")
-    how.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    add_timing_arguments(how, "layer", steps=5, profile_steps=1, files="seed_lm.md, seed_lm.json and seed_lm.png")
     args = parser.parse_args(argv)
 
-    for name in ("batch", "rounds", "steps"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name} {getattr(args, name)}: must be positive")
-    if args.warmup < 2:
-        parser.error(f"--warmup {args.warmup}: must be at least 2, kernels are tuned in the first step")
-    if args.profile_steps < 0 or args.gradient_clipping < 0:
-        parser.error("--profile_steps and --gradient_clipping must not be negative")
+    check_timing_arguments(parser, args)
     args.precision = args.precision or ("autocast" if torch.cuda.is_available() else "float32")
     args.ep_backend = list(dict.fromkeys(args.ep_backend))
     args.known = variants(args.ep_backend)

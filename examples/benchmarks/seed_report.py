@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from device_trace import Role
-from report import heading
+from report import heading, markdown_table, number
 from step_report import median_communication, percentile
 
 COLUMNS = (
@@ -38,9 +38,6 @@ def times(row: dict[str, Any], rows: list[dict[str, Any]], rival: str) -> float 
 
 
 def _cells(row: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
-    def number(value: float | None, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
     p50, rows = median(row["step_ms"]), outcome["rows"]
     spent = median_communication(row) or {}
     exchange, dense, experts = (
@@ -68,11 +65,9 @@ def _cells(row: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
 def table(outcome: dict[str, Any]) -> str:
     """Rows with numbers, then a line for every row that has a note or none."""
     measured = [row for row in outcome["rows"] if row["step_ms"]]
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_cells(row, outcome)) + " |" for row in measured]
-    remarks = [f"- {row['title']}: {row['note']}" for row in measured if row["note"]]
-    remarks += [f"- {row['title']}: {row['status']}: {row['note']}" for row in outcome["rows"] if not row["step_ms"]]
-    return "\n".join([*lines, *[""] * bool(remarks), *remarks])
+    remarks = [f"{row['title']}: {row['note']}" for row in measured if row["note"]]
+    remarks += [f"{row['title']}: {row['status']}: {row['note']}" for row in outcome["rows"] if not row["step_ms"]]
+    return markdown_table(COLUMNS, [_cells(row, outcome) for row in measured], remarks)
 
 
 def model_line(outcome: dict[str, Any]) -> str:

@@ -47,6 +47,7 @@ import torch.distributed as dist
 from device_trace import BACKWARD, FORWARD, OPTIMIZER, num_steps
 from machine import describe
 from seed_model import SIZES, add_model_arguments, model_config, parameter_counts, random_batches
+from step_arguments import add_timing_arguments, check_timing_arguments
 from step_engines import (
     CONTENDERS,
     Training,
@@ -84,26 +85,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
 
     how = parser.add_argument_group("how")
-    how.add_argument("--warmup", type=int, default=3, help="steps of every engine before anything counts (default: 3)")
-    how.add_argument("--rounds", type=int, default=4, help="blocks of every engine (default: 4)")
-    how.add_argument("--steps", type=int, default=5, help="timed steps of a block (default: 5)")
-    how.add_argument("--profile_steps", type=int, default=2, help="profiled steps, on GPUs; 0 is none (default: 2)")
-    how.add_argument("--trace", action="store_true", help="keep Chrome traces and draw the backward; needs --out")
-    how.add_argument("--out", type=Path, help="folder for step.md, step.json and step.png")
-    how.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    add_timing_arguments(
+        how,
+        "engine",
+        steps=5,
+        profile_steps=2,
+        files="step.md, step.json and step.png",
+        trace="keep Chrome traces and draw the backward; needs --out",
+    )
     args = parser.parse_args(argv)
 
-    for name in ("batch", "rounds", "steps"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name} {getattr(args, name)}: must be positive")
-    if args.warmup < 2:
-        parser.error(f"--warmup {args.warmup}: must be at least 2, kernels are tuned in the first step")
-    if args.profile_steps < 0 or args.gradient_clipping < 0:
-        parser.error("--profile_steps and --gradient_clipping must not be negative")
-    gpu = torch.cuda.is_available()
-    if args.trace and not (gpu and args.out and args.profile_steps):
-        parser.error("--trace: needs a GPU, --out and at least one of --profile_steps")
-    args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
+    check_timing_arguments(parser, args)
+    args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     args.stages, args.keys = list(dict.fromkeys(args.stage)), list(dict.fromkeys(args.layers))
     try:
         ranks, experts = world_size(), args.num_experts or SIZES[args.size].num_experts

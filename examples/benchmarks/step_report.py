@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from device_trace import COMMUNICATION, Role
-from report import heading
+from report import heading, markdown_table, number
 
 COLUMNS = (
     "ZeRO", "engine", "step p50 ms", "p90 ms", "tokens/s", "times stock", "peak GiB", "dense gradients ms",
@@ -46,9 +46,6 @@ def times_stock(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None
 
 
 def _cells(row: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
-    def number(value: float | None, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
     p50 = median(row["step_ms"])
     spent = median_communication(row) or {}
     dense_ms, dense_exposed, dense_alone = spent.get(Role.DENSE.value, (None, None, None))
@@ -71,12 +68,14 @@ def _cells(row: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
     ]
 
 
+def stage_remarks(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows' notes."""
+    return [f"ZeRO {row['stage']}, {row['title']}: {row['note']}" for row in rows if row["note"]]
+
+
 def table(outcome: dict[str, Any]) -> str:
     rows = outcome["rows"]
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_cells(row, outcome)) + " |" for row in rows]
-    remarks = [f"- ZeRO {row['stage']}, {row['title']}: {row['note']}" for row in rows if row["note"]]
-    return "\n".join([*lines, *[""] * bool(remarks), *remarks])
+    return markdown_table(COLUMNS, [_cells(row, outcome) for row in rows], stage_remarks(rows))
 
 
 def model_line(outcome: dict[str, Any]) -> str:

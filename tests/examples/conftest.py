@@ -6,12 +6,11 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+from tests.examples.scripts import BENCHMARKS
 
 
 @pytest.fixture
@@ -24,3 +23,19 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType
     for name in own & sys.modules.keys():
         del sys.modules[name]
     sys.modules.update(before)
+
+
+@pytest.fixture
+def refusal(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """What a script, as the only process, says to arguments that it refuses."""
+
+    def said(script: str, *arguments: str) -> str:
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        with pytest.raises(SystemExit) as stopped:
+            load(script).parse_args(list(arguments))
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    return said

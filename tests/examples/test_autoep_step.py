@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,17 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from tests.distributed import run_ranks
+from tests.examples.scripts import cells, run_main
 
 pytest.importorskip("transformers", reason="needs transformers: pip install flashfusemoe_ds[hf]")
 
-FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 TOY = ["--size", "toy", "--rounds", "1", "--steps", "2", "--gradient_clipping", "0"]
-
-
-def _main(rank: int, world_size: int, arguments: list[str]) -> int:
-    sys.path.insert(0, str(FOLDER))
-    return importlib.import_module("autoep_step").main(arguments)
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     arguments = ["--stage", "1", "3", "--layers", "stock", "ours", "--accumulation", "2", "--out", str(tmp_path)]
-    run_ranks(2, _main, [*TOY, *arguments])
+    run_ranks(2, run_main, "autoep_step", *TOY, *arguments)
     outcome = json.loads((tmp_path / "autoep_step.json").read_text())
     assert outcome["world_size"] == 2 and outcome["settings"]["autoep_size"] == 2
     assert outcome["tokens_per_step"] == 2 * 1 * 16 * 2
@@ -62,27 +56,14 @@ def test_two_processes(tmp_path: Path) -> None:
     [
         (["--autoep_size", "2"], "--autoep_size 2: must divide the 8 experts and the 1 processes"),
         (["--autoep_size", "3"], "--autoep_size 3: must divide the 8 experts and the 1 processes"),
-        (["--ep_backend", "post"], 'ep_backend is "post"'),
         (["--stage", "4"], "--stage: invalid choice: 4"),
         (["--bf16_states", "--dtype", "float32"], "--bf16_states: needs --dtype bfloat16 and a --stage of 1, 2 or 3"),
         (["--bf16_states", "--dtype", "bfloat16", "--stage", "0"], "--bf16_states: needs --dtype bfloat16"),
         (["--context", "0"], "--context 0: must be positive"),
-        (["--trace"], "--trace: needs a GPU"),
     ],
 )
-def test_mistakes_are_said(
-    load: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    if "--trace" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(SystemExit) as stopped:
-        load("autoep_step").parse_args([*TOY, *arguments])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+def test_mistakes_are_said(refusal: Callable[..., str], arguments: list[str], message: str) -> None:
+    assert message in refusal("autoep_step", *TOY, *arguments)
 
 
 # ---- what a MoE layer launches. In this model its part is tanh, and all else is sin.
@@ -105,8 +86,8 @@ class _DecoderLayer(nn.Module):
 @pytest.mark.parametrize("recompute", (None, False, True), ids=("plain", "checkpoint", "reentrant"))
 def test_what_is_a_moe_layers(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: Any) -> None:
     """From the annotations of a profile, in the forward, the backward, and a forward inside of a backward."""
-    autoep_step = load("autoep_step")
-    monkeypatch.setattr(autoep_step, "AutoEPMoELayer", _MoE)
+    autoep_trace = load("autoep_trace")
+    monkeypatch.setattr(autoep_trace, "AutoEPMoELayer", _MoE)
     layers = nn.ModuleList(_DecoderLayer() for _ in range(2))
 
     def step() -> None:
@@ -115,7 +96,7 @@ def test_what_is_a_moe_layers(load: Any, tmp_path: Path, monkeypatch: pytest.Mon
             x = layer(x) if recompute is None else checkpoint(layer, x, use_reentrant=recompute)
         x.sum().backward()
 
-    with autoep_step.MoEPhases().of(layers), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with autoep_trace.MoEPhases().of(layers), profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     assert not any(layer._forward_hooks or layer.mlp._forward_hooks for layer in layers), "hooks left behind"
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
@@ -123,7 +104,7 @@ def test_what_is_a_moe_layers(load: Any, tmp_path: Path, monkeypatch: pytest.Mon
     windows = sorted(
         (event["ts"], event["ts"] + event["dur"], event["name"])
         for event in events
-        if event.get("cat") == "user_annotation" and event["name"] in (autoep_step.FORWARD, autoep_step.BACKWARD)
+        if event.get("cat") == "user_annotation" and event["name"] in (autoep_trace.FORWARD, autoep_trace.BACKWARD)
     )
     assert all(first[1] <= second[0] for first, second in pairwise(windows)), "they overlap"
     seen: dict[str, list[str | None]] = {}
@@ -137,14 +118,14 @@ def test_what_is_a_moe_layers(load: Any, tmp_path: Path, monkeypatch: pytest.Mon
             phases = [phase for start, end, phase in windows if start <= event["ts"] <= end]
             seen.setdefault(event["name"], []).append(phases[0] if phases else None)
     forwards = 1 if recompute is None else 2
-    assert seen["aten::tanh"] == [autoep_step.FORWARD] * 2 * 2 * forwards
-    assert seen["aten::tanh_backward"] == [autoep_step.BACKWARD] * 2 * 2
+    assert seen["aten::tanh"] == [autoep_trace.FORWARD] * 2 * 2 * forwards
+    assert seen["aten::tanh_backward"] == [autoep_trace.BACKWARD] * 2 * 2
     assert set(seen["aten::cos"]) == {None} and len(seen["aten::cos"]) == 2
     assert set(seen["aten::sin"]) == {None} and len(seen["aten::sin"]) == 2 * forwards
 
 
 def test_times_and_table(load: Any) -> None:
-    autoep_step, device_trace = load("autoep_step"), load("device_trace")
+    autoep_trace, device_trace = load("autoep_trace"), load("device_trace")
     role = device_trace.Role
 
     def kernel(start: float, end: float, phase: str | None, of: Any = role.COMPUTE, step: int = 1) -> Any:
@@ -160,7 +141,7 @@ def test_times_and_table(load: Any) -> None:
         kernel(18, 23, device_trace.BACKWARD, role.EXPERTS),
         kernel(24, 25, device_trace.OPTIMIZER),
     ]
-    times = autoep_step.moe_times(kernels, 1)
+    times = autoep_trace.moe_times(kernels, 1)
     assert times == {"forward": 3, "backward": 4, "moe": 7, "optimizer": 1, "all": 14}
 
     common = {"stage": 3, "note": "", "peak_bytes": 3 << 30, "losses": [2.0, 1.0], "max_over_mean_load": [1.5, 2.5]}
@@ -172,13 +153,13 @@ def test_times_and_table(load: Any) -> None:
     }
     ours = {"title": "ours", "ours": True, "step_ms": [25.0] * 3, "forward_backward_ms": [10.0, 10.0, 14.0]}
     rows = [{**common, **stock, "moe": []}, {**common, **ours, "moe": [times]}]
-    table = autoep_step.table({"rows": rows, "tokens_per_step": 1000})
-    cells = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert cells[2] == [
+    table = load("autoep_report").table({"rows": rows, "tokens_per_step": 1000})
+    _, _, *found = cells(table.splitlines())
+    assert found[0] == [
         *["3", "AutoEP", "50.00", "60.00", "20,000", "1.00", "30.00", "1.00", "20.00", "3.0"],
         *["", "", "", "2.50", "2.0000 to 1.0000"],
     ]
-    assert cells[3] == [
+    assert found[1] == [
         *["3", "ours", "25.00", "25.00", "40,000", "2.00", "10.00", "3.00", "15.00", "3.0"],
         *["3.00", "4.00", "50", "2.50", "2.0000 to 1.0000"],
     ]
