@@ -8,7 +8,8 @@ collective of that role runs on this GPU, and no compute kernel does:
 
     | union of the role's kernels, launched in the step  \\  union of all compute kernels |
 
-- A collective's kernel runs from its launch until its last byte is there, so waiting for a slower rank counts.
+- A collective's kernel runs from its launch until its last byte is there, so waiting for a slower rank counts. How
+  much that is takes the other ranks' traces to tell: waiting.py.
 - Compute kernels are those on the model's stream, the one with most kernel time outside of collectives. What runs on
   other streams, such as the packing of gradient buckets, hides nothing, and neither do copies and fills.
 - Gaps between compute kernels, when the host does not keep up, hide nothing. The profiler slows the host, so this
@@ -71,8 +72,20 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Collective:
+    """What a trace tells of a collective: its operation, the name of its process group and the number of ranks there,
+    and the elements of this rank's input."""
+
+    operation: str
+    group: str
+    ranks: int
+    elements: int
+
+
+@dataclass(frozen=True)
 class Kernel:
-    """One kernel, copy or fill. Times in ms on the trace's clock; `step` and `phase` are where it was launched."""
+    """One kernel, copy or fill. Times in ms on the trace's clock; `step` and `phase` are where it was launched;
+    `collective` is None where it is none, or the trace does not tell."""
 
     name: str
     start: float
@@ -81,6 +94,7 @@ class Kernel:
     role: Role
     step: int | None
     phase: str | None
+    collective: Collective | None = None
 
     @property
     def interval(self) -> Interval:
@@ -124,10 +138,10 @@ def read_kernels(trace: dict[str, Any], groups: Groups) -> list[Kernel]:
     kernels = []
     for event, is_kernel in on_device:
         args = event.get("args", {})
-        role = Role.COPY
+        role, collective = Role.COPY, None
         if is_kernel:
             metadata = args if "Collective name" in args else collectives.get(args.get("External id"), {})
-            role = _role(event["name"], metadata, groups)
+            role, collective = _role(event["name"], metadata, groups), _collective(event["name"], metadata)
         launch = launched_at.get(args.get("correlation"), called_at.get(args.get("External id")))
         step = None if launch is None else _find(steps, launch)
         phase = None if launch is None else _find(phases, launch)
@@ -141,6 +155,7 @@ def read_kernels(trace: dict[str, Any], groups: Groups) -> list[Kernel]:
                 role,
                 step,
                 None if phase is None else phases[phase][2],
+                collective,
             )
         )
     return sorted(kernels, key=lambda kernel: kernel.start)
@@ -179,8 +194,7 @@ def _role(name: str, metadata: dict[str, Any], groups: Groups) -> Role:
         return Role.COMPUTE
     if not metadata:
         return _role_by_name(name, groups)
-    collective = str(metadata["Collective name"])
-    group = str(metadata.get("Process Group Name", "")).strip('"')
+    collective, group = str(metadata["Collective name"]), _group(metadata)
     if "all_to_all" in collective or collective in ("send", "recv"):
         return Role.EXCHANGE
     if "reduce" in collective:
@@ -190,6 +204,21 @@ def _role(name: str, metadata: dict[str, Any], groups: Groups) -> Role:
     if "gather" in collective or "broadcast" in collective:
         return Role.PARAMETERS if group in groups.dense | groups.experts else Role.OTHER
     return Role.OTHER
+
+
+def _collective(name: str, metadata: dict[str, Any]) -> Collective | None:
+    if not name.startswith("nccl") or not metadata or not _group(metadata) or "Group size" not in metadata:
+        return None
+    return Collective(
+        str(metadata["Collective name"]),
+        _group(metadata),
+        int(metadata["Group size"]),
+        int(metadata.get("In msg nelems", 0)),
+    )
+
+
+def _group(metadata: dict[str, Any]) -> str:
+    return str(metadata.get("Process Group Name", "")).strip('"')
 
 
 def _role_by_name(name: str, groups: Groups) -> Role:

@@ -14,6 +14,8 @@ exposed dense-  From a profile of `--profile_steps` steps: time during which a c
 gradient        GPU and no compute kernel does there. [device_trace.py](device_trace.py) has the exact definition.
 communication   For each step the slowest rank, then the median; in ms, and in per cent of the p50 that was measured
                 without the profiler. The experts' exchange is reported apart, by the same measure.
+exposed trans-  How that divides into transfer and waiting for a rank that comes later: from the durations of the same
+fer, waiting    collective on all ranks. [waiting.py](waiting.py) has the definition and its limits.
 
 Leaves `step.md`, `step.json` (every sample, losses, the machine and all versions) and `step.png` in --out. `--trace`
 keeps rank 0's Chrome traces too, and draws each stage's `step_zero<stage>_backward.png`: one step's backward, kernel

@@ -12,15 +12,19 @@ from report import heading, markdown_table, number
 
 COLUMNS = (
     "ZeRO", "engine", "step p50 ms", "p90 ms", "tokens/s", "times stock", "peak GiB", "dense gradients ms",
-    "exposed ms", "% of step", "alone ms", "experts' exchange ms", "exposed ms", "loss, first to last",
+    "exposed ms", "% of step", "alone ms", "exposed waiting ms", "exposed transfer ms", "% of step",
+    "experts' exchange ms", "exposed ms", "exposed transfer ms", "loss, first to last",
 )  # fmt: skip
 LEGEND = (
     "A step is forward, backward and optimizer; its time is from the end of the step before, steps following one "
     "another without a pause, the slowest rank's. DeepSpeed has overlap_comm on at stages 1 and 2; stage 0 knows no "
     "such setting. Times stock: the fastest DeepSpeed engine's p50 at this stage over this one's. Peak: most of one "
     "engine's memory on a GPU. Dense gradients, experts' exchange: time in which their collectives run on a GPU; "
-    "exposed: while no compute kernel runs there; alone: nor another collective. Slowest rank, median of the profiled "
-    "steps; per cent of the p50, which is not profiled."
+    "exposed: while no compute kernel runs there; alone: nor another collective. Exposed waiting: the part of exposed "
+    "until the last rank has begun the same collective; exposed transfer: the part from then on (waiting.py). Both "
+    "are empty where the trace names no collectives, as for symm_mem and deep_ep. Every number is its slowest rank's, "
+    "the median of the profiled steps, so waiting and transfer need not add up; per cent of the p50, which is not "
+    "profiled."
 )
 
 
@@ -39,6 +43,13 @@ def median_communication(row: dict[str, Any]) -> dict[str, tuple[float, float, f
     }
 
 
+def median_split(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Role -> (exposed transfer ms, exposed waiting ms), medians over the profiled steps; without roles that have no
+    such numbers."""
+    steps = row["profile"]["transfer_and_waiting"] if row.get("profile") else []
+    return {role: tuple(median(step[role][i] for step in steps) for i in range(2)) for role in (steps or [{}])[0]}
+
+
 def times_stock(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
     """Step time of the stage's fastest DeepSpeed engine over this row's."""
     rivals = [median(r["step_ms"]) for r in rows if r["stage"] == row["stage"] and not r["ours"]]
@@ -49,6 +60,9 @@ def _cells(row: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
     p50 = median(row["step_ms"])
     spent = median_communication(row) or {}
     dense_ms, dense_exposed, dense_alone = spent.get(Role.DENSE.value, (None, None, None))
+    split = median_split(row)
+    dense_transfer, dense_waiting = split.get(Role.DENSE.value, (None, None))
+    exchange_transfer, _ = split.get(Role.EXCHANGE.value, (None, None))
     exchange_ms, exchange_exposed, _ = spent.get(Role.EXCHANGE.value, (None, None, None))
     return [
         str(row["stage"]),
@@ -62,8 +76,12 @@ def _cells(row: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
         number(dense_exposed, 2),
         number(None if dense_exposed is None else 100 * dense_exposed / p50, 2),
         number(dense_alone, 2),
+        number(dense_waiting, 2),
+        number(dense_transfer, 2),
+        number(None if dense_transfer is None else 100 * dense_transfer / p50, 2),
         number(exchange_ms, 2),
         number(exchange_exposed, 2),
+        number(exchange_transfer, 2),
         f"{row['losses'][0]:.4f} to {row['losses'][-1]:.4f}",
     ]
 

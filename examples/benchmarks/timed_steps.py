@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from device_trace import COMMUNICATION, STEP, Groups, Kernel, Role, communication, num_steps, read_kernels
+from device_trace import STEP, Groups, Kernel, Role, communication, num_steps, read_kernels
 from measure import synchronize
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from waiting import transfer_and_waiting
 
 
 class TimedSteps:
@@ -92,21 +93,19 @@ class TimedSteps:
     def gathered(self) -> dict[str, Any]:
         """JSON-ready, all ranks' samples as the slowest's, losses as their mean. Collective."""
         profiled = [communication(self.kernels, step) for step in range(1, num_steps(self.kernels))]
+        split, mismatches = transfer_and_waiting(self.kernels, range(1, num_steps(self.kernels)))
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self.step_ms, self.peak_bytes, profiled, self.problem))
-        step_ms, peak_bytes, profiles, problems = zip(*everyone, strict=True)
+        dist.all_gather_object(everyone, (self.step_ms, self.peak_bytes, profiled, split, self.problem))
+        step_ms, peak_bytes, profiles, splits, problems = zip(*everyone, strict=True)
         losses = torch.stack(self.losses).float()
         dist.all_reduce(losses)
-        steps = [
-            {role.value: tuple(max(times) for times in zip(*(s[role.value] for s in step), strict=True))
-             for role in COMMUNICATION}
-            for step in zip(*profiles, strict=True)
-        ] if not any(problems) else []  # fmt: skip
+        steps = [_slowest(of_ranks) for of_ranks in zip(*profiles, strict=True)] if not any(problems) else []
+        split_steps = [_slowest(of_ranks) for of_ranks in zip(*splits, strict=True)]
         return {
-            "note": next(filter(None, problems), "") or _doubt(steps),
+            "note": "; ".join(filter(None, [next(filter(None, problems), ""), _doubt(steps), *mismatches])),
             "step_ms": [max(of_ranks) for of_ranks in zip(*step_ms, strict=True)],
             "peak_bytes": None if self.peak_bytes is None else max(peak_bytes),
-            "profile": {"steps": steps} if steps else None,
+            "profile": {"steps": steps, "transfer_and_waiting": split_steps} if steps else None,
             "losses": (losses / dist.get_world_size()).tolist(),
         }
 
@@ -117,6 +116,14 @@ def take_turns(runs: Sequence[TimedSteps], rounds: int, steps: int) -> None:
         turn = number % len(runs)
         for run in [*runs[turn:], *runs[:turn]]:
             run.time_block(steps)
+
+
+def _slowest(of_ranks: Sequence[dict[str, tuple[float, ...]]]) -> dict[str, tuple[float, ...]]:
+    """The most that a rank has, number by number."""
+    return {
+        role: tuple(max(times) for times in zip(*(of_rank[role] for of_rank in of_ranks), strict=True))
+        for role in of_ranks[0]
+    }
 
 
 def _doubt(steps: list[dict[str, tuple[float, ...]]]) -> str:

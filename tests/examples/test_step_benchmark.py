@@ -197,7 +197,10 @@ def test_pictures_and_table_of_a_profile(load: Any, tmp_path: Path) -> None:
     device_trace, step_report = load("device_trace"), load("step_report")
     groups = device_trace.Groups(frozenset({"1"}), frozenset({"3"}), expert_ranks=2)
     kernels = device_trace.read_kernels(chrome_trace(), groups)
-    profile = {"steps": [device_trace.communication(kernels, 1)]}
+    profile = {
+        "steps": [device_trace.communication(kernels, 1)],
+        "transfer_and_waiting": [{"dense gradients": (2.5, 1.5)}],
+    }
     common = {"stage": 1, "note": "", "peak_bytes": 3 << 30, "losses": [2.0, 1.0]}
     rows = [
         {**common, "title": "DeepSpeed", "ours": False, "step_ms": [60.0, 50.0, 40.0], "profile": None},
@@ -208,7 +211,7 @@ def test_pictures_and_table_of_a_profile(load: Any, tmp_path: Path) -> None:
     assert found[0][1:7] == ["DeepSpeed", "50.00", "60.00", "20,000", "1.00", "3.0"]
     assert found[1][1:7] == ["ours", "25.00", "27.00", "40,000", "2.00", "3.0"]
     # 4 ms of 25 ms.
-    assert found[1][7:13] == ["7.00", "4.00", "16.00", "3.00", "1.00", "1.00"]
+    assert found[1][7:17] == ["7.00", "4.00", "16.00", "3.00", "1.50", "2.50", "10.00", "1.00", "1.00", ""]
 
     pytest.importorskip("matplotlib")
     step_chart = load("step_chart")
