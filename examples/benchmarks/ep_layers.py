@@ -23,7 +23,8 @@ def ours(
     capacity_factor: float | None = None,
     num_shared_experts: int = 0,
 ) -> Layer:
-    """MoELayer over the ranks of `bench.group`. Every rank draws its own shared experts."""
+    """MoELayer over the ranks of `bench.group`. Every rank draws its own shared experts, unless the weights hold
+    one."""
     from flashfusemoe_ds.dispatch.select import close_dispatcher
 
     buffers = {"max_tokens_per_rank": bench.shape.T}
@@ -48,7 +49,7 @@ def ours(
         f"takes {layer.dispatcher.name}" if ep_backend == "hybrid" else "",
         exchange=exchange,
         close=partial(close_dispatcher, layer.dispatcher),
-        parts=Parts(layer.router.weight, layer.expert_params),
+        parts=Parts(layer.router.weight, layer.expert_params, shared=layer.shared_experts),
     )
 
 

@@ -73,12 +73,15 @@ class Parts:
         experts: this rank's own experts'; all others of the layer are the same on every rank.
         averaged: its backward has divided the experts' gradients by ep_size.
         room: routes that an expert has room for; those beyond are not computed. None: all are.
+        shared: holds the parameters of the shared expert of `Weights.shared`, where the layer computes that too; they
+            are the same on every rank.
     """
 
     router: nn.Parameter
     experts: list[nn.Parameter]
     averaged: bool = False
     room: int | None = None
+    shared: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -119,16 +122,21 @@ class Entry:
 
 
 def moe_layer(bench: Bench, **options: Any) -> MoELayer:
-    """MoELayer, built on the meta device so that its weights exist once, then given the shared ones."""
+    """MoELayer, built on the meta device so that its weights exist once, then given the benchmark's, a shared expert's
+    among them if there are any."""
     from flashfusemoe_ds import MoELayer
 
     shape, weights = bench.shape, bench.weights
+    if weights.shared is not None:
+        options["num_shared_experts"] = 1
     with torch.device("meta"):
         layer = MoELayer(shape.D, 2 * shape.F, shape.E, shape.K, gating="softmax_topk", **options)
     layer.router.weight = leaf(weights.gate)
     layer.experts.gate_up_proj = leaf(weights.gate_up)
     layer.experts.down_proj = leaf(weights.down)
-    if layer.shared_experts is not None:
+    if weights.shared is not None:
+        layer.shared_experts.gate_up_proj, layer.shared_experts.down_proj = map(leaf, weights.shared)
+    elif layer.shared_experts is not None:
         layer.shared_experts.to_empty(device=bench.device).to(bench.dtype).reset_parameters()
     unset = [name for name, tensor in layer.state_dict(keep_vars=True).items() if tensor.is_meta]
     assert not unset, f"MoELayer has tensors that this benchmark does not know: {unset}"
@@ -138,7 +146,7 @@ def moe_layer(bench: Bench, **options: Any) -> MoELayer:
 def ours(bench: Bench, recompute: bool = False, compiled: bool = False, gemm_backend: str | None = None) -> Layer:
     layer = moe_layer(bench, recompute_activations=recompute, gemm_backend=gemm_backend)
     call = torch.compile(layer, dynamic=False) if compiled else layer
-    parts = Parts(layer.router.weight, layer.expert_params)
+    parts = Parts(layer.router.weight, layer.expert_params, shared=layer.shared_experts)
     return Layer(lambda x_TD: call(x_TD)[0], list(layer.parameters()), parts=parts)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The MoE layers that `seed_lm.py` trains the seed's model with, each built by the code of the layer benchmarks.
 
-What surrounds a layer is the same for all: attention, norms, the shared expert, and the cast of the layer's input to
-autocast's dtype.
+What surrounds a layer is the same for all: attention, norms, and the cast of the layer's input to autocast's dtype. So
+is the shared expert, in plain PyTorch, but for layers that compute it themselves: ours, and FlashFusedMoE's between
+ranks.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class RoutedLayer(nn.Module):
         super().__init__()
         assert layer.parts is not None, "a layer that cannot be trained"
         self.run, self.note, self.parts, self.top_k = layer.run, layer.note, layer.parts, top_k
+        self.brings_shared_expert = layer.parts.shared is not None
         self.weights = nn.ParameterList(layer.parameters)
         for param in self.parts.experts:
             param.allreduce = False  # as DeepSpeed marks what must not be averaged over all ranks
@@ -177,25 +179,42 @@ def kept_bytes(model: nn.Module, step: Callable[[], object]) -> list[int]:
     """What each MoE layer's forward leaves allocated on the GPU for the backward, during one step.
 
     As in measure.py this counts the output and not the input, two tensors of one size, of which the backward needs the
-    input. Without the shared expert, which is no part of the layer here.
+    input. Without the shared expert: what a layer's own leaves behind is subtracted. FlashFusedMoE's between ranks
+    cannot be told apart; it leaves at most copies of its weights.
     """
     kept: list[int] = []
+    of_shared: list[int] = []
 
     def measured(run: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        of_shared.clear()
         before = torch.cuda.memory_allocated()
         out_TD = run(x_TD)
-        kept.append(torch.cuda.memory_allocated() - before)
+        kept.append(torch.cuda.memory_allocated() - before - sum(of_shared))
         return out_TD
+
+    def before_shared(shared: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        of_shared.append(-torch.cuda.memory_allocated())
+
+    def after_shared(shared: nn.Module, inputs: tuple[Tensor, ...], out_TD: Tensor) -> None:
+        # Its output is added to the layer's: in place, or it is gone when the layer returns.
+        new = 0 if any(out_TD is given for given in inputs) else out_TD.nbytes
+        of_shared.append(torch.cuda.memory_allocated() - new)
 
     found = routed_layers(model)
     plain = [layer.run for layer in found]
+    hooks = []
     for layer, run in zip(found, plain, strict=True):
         layer.run = partial(measured, run)
+        if layer.parts.shared is not None:
+            hooks.append(layer.parts.shared.register_forward_pre_hook(before_shared))
+            hooks.append(layer.parts.shared.register_forward_hook(after_shared))
     try:
         step()
     finally:
         for layer, run in zip(found, plain, strict=True):
             layer.run = run
+        for hook in hooks:
+            hook.remove()
     return kept
 
 

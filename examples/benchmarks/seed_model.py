@@ -130,7 +130,8 @@ class Block(nn.Module):
 
     Args:
         moe: what deepspeed.moe.layer.MoE is: x in, (output, load-balancing loss, routes per expert) out; the latter
-            two may be None. Without it the layer is dense.
+            two may be None. Without it the layer is dense. Where its `brings_shared_expert` is true, the shared
+            expert's output is part of its own.
     """
 
     def __init__(self, cfg: SeedConfig, moe: nn.Module | None) -> None:
@@ -139,7 +140,9 @@ class Block(nn.Module):
         self.attention = CausalAttention(cfg.hidden_size, cfg.num_heads)
         self.mlp_norm = nn.RMSNorm(cfg.hidden_size, eps=NORM_EPS)
         # Beside a MoE layer, the shared expert.
-        self.mlp = SwiGLU(cfg.hidden_size, cfg.mlp_size if moe is None else cfg.shared_size)
+        self.mlp = None
+        if not getattr(moe, "brings_shared_expert", False):
+            self.mlp = SwiGLU(cfg.hidden_size, cfg.mlp_size if moe is None else cfg.shared_size)
         self.moe = moe
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -148,7 +151,8 @@ class Block(nn.Module):
         if self.moe is None:
             return x_BSD + self.mlp(normed_BSD), None, None
         routed_BSD, l_aux, counts_E = self.moe(normed_BSD)
-        return x_BSD + routed_BSD + self.mlp(normed_BSD), l_aux, counts_E
+        x_BSD = x_BSD + routed_BSD
+        return x_BSD if self.mlp is None else x_BSD + self.mlp(normed_BSD), l_aux, counts_E
 
 
 class SeedLM(nn.Module):
@@ -211,18 +215,20 @@ def make_model(
 
 
 def moe_weights(cfg: SeedConfig, block: int, seed: int, device: torch.device, dtype: torch.dtype) -> Weights:
-    """The weights that `make_model` gives DeepSpeed's layer in this block, all experts of it."""
-    layer = f"blocks.{block}.moe.deepspeed_moe"
+    """The weights that `make_model` gives this block's MoE layer, DeepSpeed's with all experts of it, and the shared
+    expert beside it."""
 
     def drawn(name: str, *size: int) -> Tensor:
-        return _draw(torch.empty(size, device=device), f"{layer}.{name}.weight", seed).to(dtype)
+        return _draw(torch.empty(size, device=device), f"blocks.{block}.{name}.weight", seed).to(dtype)
 
     def stacked(name: str, *size: int) -> Tensor:
-        experts = [drawn(f"experts.deepspeed_experts.{e}.{name}", *size) for e in range(cfg.num_experts)]
-        return torch.stack(experts)
+        experts = "moe.deepspeed_moe.experts.deepspeed_experts"
+        return torch.stack([drawn(f"{experts}.{e}.{name}", *size) for e in range(cfg.num_experts)])
 
-    D, F = cfg.hidden_size, cfg.expert_size
-    return Weights(drawn("gate.wg", cfg.num_experts, D), stacked("gate_up", 2 * F, D), stacked("down", D, F))
+    D, F, S = cfg.hidden_size, cfg.expert_size, cfg.shared_size
+    shared = drawn("mlp.gate_up", 2 * S, D)[None], drawn("mlp.down", D, S)[None]
+    gate = drawn("moe.deepspeed_moe.gate.wg", cfg.num_experts, D)
+    return Weights(gate, stacked("gate_up", 2 * F, D), stacked("down", D, F), shared)
 
 
 def _draw(tensor: Tensor, name: str, seed: int) -> Tensor:

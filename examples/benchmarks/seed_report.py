@@ -8,21 +8,24 @@ from typing import Any
 
 from device_trace import Role
 from report import heading, markdown_table, number
-from step_report import median_communication, percentile
+from step_report import median_communication, median_split, percentile
 
 COLUMNS = (
     "MoE layer", "step p50 ms", "p90 ms", "tokens/s", "x stock", "x FlashFusedMoE", "peak GiB", "kept MB a MoE layer",
-    "experts' exchange ms", "exposed ms", "gradients ms", "exposed ms", "fullest expert", "loss, first to last",
+    "experts' exchange ms", "exposed ms", "exposed transfer ms", "gradients ms", "exposed ms", "exposed transfer ms",
+    "fullest expert", "loss, first to last",
 )  # fmt: skip
 LEGEND = (
-    "One plain PyTorch loop trains one model, of which the MoE layers alone differ. A step is forward, backward, "
+    "One plain PyTorch loop trains one model, of which the MoE layers alone differ; ours, and FlashFusedMoE's between "
+    "ranks, computes the shared expert too, for others plain PyTorch does. A step is forward, backward, "
     "clipping and AdamW; its time is from the end of the step before, steps following one another without a pause, "
     "the slowest rank's, in blocks that take turns. x stock, x FlashFusedMoE: p50 of deepspeed's own layer, and of "
     "FlashFusedMoE's fastest row, over this one's. Peak: most of one contender's memory on a GPU. Kept: what a MoE "
     "layer's forward leaves allocated for the backward, the largest of all layers and ranks; casts of weights by "
-    "autocast are a part of it, the shared expert, which is the model's, is not. Exchange, gradients: time in which "
-    "their collectives run; exposed: while no compute kernel runs (device_trace.py). Fullest expert: most routes over "
-    "the mean, after the last step, the worst layer's."
+    "autocast are a part of it, the shared expert, whoever computes it, is not. Exchange, gradients: time in which "
+    "their collectives run; exposed: while no compute kernel runs (device_trace.py); exposed transfer: the part of "
+    "that in which all ranks have begun the collective (waiting.py), empty where the trace names none. Fullest "
+    "expert: most routes over the mean, after the last step, the worst layer's."
 )
 
 
@@ -44,6 +47,11 @@ def _cells(row: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
         spent.get(role.value, (None, None)) for role in (Role.EXCHANGE, Role.DENSE, Role.EXPERTS)
     )
     gradients = [None if a is None else a + b for a, b in zip(dense[:2], experts[:2], strict=True)]
+    split = median_split(row)
+    exchange_transfer, dense_transfer, experts_transfer = (
+        split.get(role.value, (None, None))[0] for role in (Role.EXCHANGE, Role.DENSE, Role.EXPERTS)
+    )
+    known = dense_transfer is not None and experts_transfer is not None
     return [
         f"**{row['title']}**" if row["ours"] else row["title"],
         number(p50, 2),
@@ -55,8 +63,10 @@ def _cells(row: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
         number(None if row["kept_bytes"] is None else max(row["kept_bytes"]) / 1e6, 1),
         number(exchange[0], 2),
         number(exchange[1], 2),
+        number(exchange_transfer, 2),
         number(gradients[0], 2),
         number(gradients[1], 2),
+        number(dense_transfer + experts_transfer if known else None, 2),
         number(row["max_over_mean_load"] and max(row["max_over_mean_load"]), 2),
         f"{row['losses'][0]:.4f} to {row['losses'][-1]:.4f}",
     ]

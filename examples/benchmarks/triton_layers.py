@@ -64,7 +64,10 @@ def flashfusedmoe(bench: Bench, calibrated: bool = False) -> Layer:
     which is how its own benchmark runs. Between ranks the buffers are ep_size times as large, as the load is.
 
     Its exchange sends expert ids as bfloat16, which is exact up to 256 experts. Between ranks its backward leaves out
-    what the experts' input gets, so only the output can be exact."""
+    what the experts' input gets, so only the output can be exact.
+
+    Between ranks it computes the weights' shared expert itself, beside its exchange. On one GPU its own is three plain
+    products after the layer, so that the model's, of two, stays."""
     from flashfusemoe import MoELayer
 
     weights, shape, parallel = bench.weights, bench.shape, bench.ep_size > 1
@@ -80,9 +83,15 @@ def flashfusedmoe(bench: Bench, calibrated: bool = False) -> Layer:
             shape.K,
             max_tokens_per_expert=room if calibrated else None,
             allow_dropped_tokens=True,
+            num_shared_experts=int(parallel and weights.shared is not None),
         )
     layer.gate.weight = leaf(weights.gate)
     layer.w_up, layer.w_down = leaf(weights.gate_up), leaf(weights.down)
+    if layer.shared_expert is not None:
+        (gate_up,), (down,) = weights.shared
+        gate, up = gate_up.chunk(2)
+        layer.shared_expert.w_gate.weight, layer.shared_expert.w_up.weight = leaf(gate), leaf(up)
+        layer.shared_expert.w_down.weight = leaf(down)
     bench.meet()
     if parallel:
         layer.shard_experts(bench.group)
@@ -94,5 +103,5 @@ def flashfusedmoe(bench: Bench, calibrated: bool = False) -> Layer:
         list(layer.parameters()),
         note,
         exact=not (overflows or parallel),
-        parts=Parts(layer.gate.weight, layer.expert_params, averaged=parallel, room=room),
+        parts=Parts(layer.gate.weight, layer.expert_params, averaged=parallel, room=room, shared=layer.shared_expert),
     )

@@ -22,11 +22,17 @@ def leaf(tensor: Tensor) -> nn.Parameter:
 
 @dataclass
 class Weights:
-    """gate [E, D], gate_up [E, 2F, D] with gate rows above up rows, down [E, D, F]."""
+    """gate [E, D], gate_up [E, 2F, D] with gate rows above up rows, down [E, D, F].
+
+    Attributes:
+        shared: gate_up [1, 2S, D] and down [1, D, S] of a shared expert, for layers that compute it as well; None in
+            comparisons without one.
+    """
 
     gate: Tensor
     gate_up: Tensor
     down: Tensor
+    shared: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def random(cls, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Weights:

@@ -183,13 +183,17 @@ class MoELayer(nn.Module):
         if parallel and torch.compiler.is_compiling():
             from flashfusemoe_ds.nn import compiled  # not at the top: it loads torch's compiler
 
-            y_TD, shared_TD = compiled.outside_graphs(self._routed_and_shared, x_TD, rows_TD, routing, late)
+            y_TD, shared_TD = compiled.outside_graphs(self._routed, x_TD, rows_TD, routing, late)
         else:
-            y_TD, shared_TD = self._routed_and_shared(x_TD, rows_TD, routing, late)
+            y_TD, shared_TD = self._routed(x_TD, rows_TD, routing, late)
         if self.latent_up is not None:
             y_TD = self.latent_up(y_TD)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
+        elif self.shared_experts is not None:
+            # What a transport returns is its own: only sums that were made here may be added to in place.
+            own = self.latent_up is not None or self.dispatcher.ep_size == 1
+            y_TD = self.shared_experts(x_TD, y_TD) if own else y_TD + self.shared_experts(x_TD)
         return (y_TD if hidden_states.dim() == 2 else y_TD.reshape(hidden_states.shape)), routing.losses
 
     def _on_this_gpu(self, x_TD: Tensor, rows_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -203,21 +207,16 @@ class MoELayer(nn.Module):
         )  # fmt: skip
         if router.counts:
             router.tally(counts_E)
-        return (y_TD if self.shared_experts is None else y_TD + self.shared_experts(x_TD)), losses
+        return (y_TD if self.shared_experts is None else self.shared_experts(rows_TD, y_TD)), losses
 
-    def _routed_and_shared(
+    def _routed(
         self, x_TD: Tensor, rows_TD: Tensor, routing: Routing, late: LateGradient | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The routed experts' sums, and the shared experts' if there are any."""
+        """The routed experts' sums, and the shared experts' where they run beside the exchange."""
         beside = None
         if self.shared_experts is not None and self.dispatcher.ep_size > 1 and self.overlap.shared_experts:
             beside = partial(self._side_stream.start, self.shared_experts, x_TD)
-        y_TD, shared_TD = through_experts(
-            rows_TD, routing, self.experts, self.dispatcher, self.overlap, beside=beside, late=late
-        )
-        if self.shared_experts is not None and beside is None:
-            shared_TD = self.shared_experts(x_TD)
-        return y_TD, shared_TD
+        return through_experts(rows_TD, routing, self.experts, self.dispatcher, self.overlap, beside=beside, late=late)
 
     @torch.no_grad()
     def update_expert_bias(self, group: dist.ProcessGroup | None = None) -> None:

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashfusemoe_ds.kernels.activation import get_activation
+from flashfusemoe_ds.kernels.dense_mlp import dense_mlp
+from flashfusemoe_ds.nn.experts import under_autocast
 
 
 class SharedExperts(nn.Module):
-    """The sum of `num_shared_experts` MLPs of the routed experts' shape, as two stacked products.
+    """The sum of `num_shared_experts` MLPs of the routed experts' shape, as two stacked products and one autograd
+    node, which keeps the products' inputs x and H alone.
 
     Parameters: gate_up_proj [n, 2F, D] (up_proj [n, F, D] for a plain activation) and down_proj [n, D, F].
     """
@@ -33,9 +36,24 @@ class SharedExperts(nn.Module):
             for matrix in param:
                 nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
+    def forward(self, x_TD: Tensor, into_TD: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D], in autocast's dtype where that is on.
+
+        Args:
+            into_TD: of the result's dtype, contiguous; the result is added to it. Outside of torch.compile's graphs
+                in place, so that nothing else may need its value.
+        """
         up = getattr(self, self.up_name)
+        if torch.compiler.is_compiling():
+            y_TD = self._traced(x_TD, up)
+            return y_TD if into_TD is None else into_TD + y_TD
+        operands = x_TD, up, self.down_proj
+        if not x_TD.is_meta:  # which has no autocast
+            operands = under_autocast(*operands)
+        return dense_mlp(*operands, self.activation, into_TD)
+
+    def _traced(self, x_TD: Tensor, up: Tensor) -> Tensor:
+        """The same in operators that torch.compile knows, and fuses itself."""
         h_TnH = F.linear(x_TD, up.flatten(0, 1)).unflatten(1, (up.shape[0], up.shape[1]))
         # One product adds the experts up: its inner dimension runs over all of them.
         return F.linear(self.activation.forward(h_TnH).flatten(1), self.down_proj.transpose(0, 1).flatten(1))

@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.moe.utils import is_moe_param
 
 from tests.distributed import run_ranks
 from tests.examples.scripts import BENCHMARKS, ROOT, cells, run_main
@@ -127,7 +129,10 @@ def test_table_and_picture(load: Any, tmp_path: Path) -> None:
     common = {"status": "ok", "note": "", "losses": [2.0, 1.5], "ours": False, "rival": "", "profile": None,
               "kept_bytes": None, "peak_bytes": 3 << 30, "max_over_mean_load": [1.1, 1.25]}  # fmt: skip
     roles = {"dense gradients": (5.0, 2.0, 1.0), "experts' gradients": (1.0, 0.5, 0.5), "experts' exchange": (7, 6, 3)}
-    profile = {"steps": [dict.fromkeys(("ZeRO's parameters", "other communication"), (0, 0, 0)) | roles]}
+    profile = {
+        "steps": [dict.fromkeys(("ZeRO's parameters", "other communication"), (0, 0, 0)) | roles],
+        "transfer_and_waiting": [{"dense gradients": (1.5, 0.5), "experts' gradients": (0.25, 0.25)}],
+    }
     rows = [
         {**common, "title": "deepspeed MoE", "rival": "stock", "step_ms": [60.0, 50.0, 40.0]},
         {**common, "title": "Flash", "rival": "flashfusedmoe", "step_ms": [45.0], "note": "2252 rows per expert"},
@@ -139,11 +144,11 @@ def test_table_and_picture(load: Any, tmp_path: Path) -> None:
     outcome = {"rows": rows, "tokens_per_step": 1000}
     lines = seed_report.table(outcome).splitlines()
     _, _, *found = cells(lines[:6])
-    assert found[0] == ["deepspeed MoE", "50.00", "60.00", "20,000", "", "0.80", "3.0", "", "", "", "", "", "1.25",
-                        "2.0000 to 1.5000"]  # fmt: skip
+    assert found[0] == ["deepspeed MoE", "50.00", "60.00", "20,000", "", "0.80", "3.0", "", "", "", "", "", "", "",
+                        "1.25", "2.0000 to 1.5000"]  # fmt: skip
     assert found[2][4:6] == ["1.25", ""]
-    assert found[3] == ["ours", "25.00", "27.00", "40,000", "2.00", "1.60", "3.0", "117.6", "7.00", "6.00", "6.00",
-                        "2.50", "1.25", "2.0000 to 1.5000"]  # fmt: skip
+    assert found[3] == ["ours", "25.00", "27.00", "40,000", "2.00", "1.60", "3.0", "117.6", "7.00", "6.00", "",
+                        "6.00", "2.50", "1.75", "1.25", "2.0000 to 1.5000"]  # fmt: skip
     assert lines[-2:] == ["- Flash: 2252 rows per expert", "- Other: missing: ImportError: no"]
 
     pytest.importorskip("matplotlib")
@@ -171,3 +176,81 @@ def test_weights_are_those_of_the_stock_model(load: Any) -> None:
         expert = f"{prefix}experts.deepspeed_experts.{e}."
         assert torch.equal(weights.gate_up[e], stock[expert + "gate_up.weight"])
         assert torch.equal(weights.down[e], stock[expert + "down.weight"])
+    gate_up, down = weights.shared
+    assert torch.equal(gate_up[0], stock["blocks.2.mlp.gate_up.weight"])
+    assert torch.equal(down[0], stock["blocks.2.mlp.down.weight"])
+
+
+@pytest.fixture
+def own_model(load: Any) -> Callable[..., torch.nn.Module]:
+    """The toy model with layers of ours, and other sizes where they are given."""
+    seed_layers, seed_model, ranks = load("seed_layers"), load("seed_model"), load("ranks")
+
+    def build(**sizes: int) -> torch.nn.Module:
+        variant, cfg = seed_layers.variants()["ours"], replace(seed_model.SIZES["toy"], **sizes)
+        return seed_layers.build_model(variant, cfg, 3, 1, torch.device("cpu"), torch.float32, None, ranks.ALONE)
+
+    return build
+
+
+@pytest.mark.parametrize("shared_size", [32, 48])
+def test_our_layer_brings_the_shared_expert(
+    load: Any, own_model: Callable[..., Any], shared_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any width, as dense parameters, with the weights, gradients and results of the model's own."""
+    seed_model, seed_layers = load("seed_model"), load("seed_layers")
+    ours = own_model(shared_size=shared_size)
+
+    def routed_alone(*args: Any) -> Any:
+        return replace(seed_model.moe_weights(*args), shared=None)
+
+    monkeypatch.setattr(seed_layers, "moe_weights", routed_alone)
+    plain = own_model(shared_size=shared_size)
+
+    words = seed_model.random_batches(ours.cfg, 1, 1, 0, 0, torch.device("cpu"))[0]
+    losses = [model(words).loss for model in (ours, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for loss in losses:
+        loss.backward()
+    assert seed_model.parameter_counts(ours) == seed_model.parameter_counts(plain)
+    assert ours.blocks[0].mlp is not None
+    for block, other in zip(ours.blocks[1:], plain.blocks[1:], strict=True):
+        assert block.mlp is None
+        assert all(is_moe_param(param) for param in block.moe.parts.experts)
+        shared = block.moe.parts.shared
+        for param, expected in zip(shared.parameters(), other.mlp.parameters(), strict=True):
+            assert not is_moe_param(param) and torch.equal(param[0], expected)
+            torch.testing.assert_close(param.grad[0], expected.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_kept_bytes_are_without_the_shared_expert(
+    load: Any, own_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever way its output is added. Memory is what the two modules here say that they allocate."""
+    held = 0
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held)
+
+    class Shared(torch.nn.Module):
+        def forward(self, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+            nonlocal held
+            held += 1000 + (x.nbytes if into is None else 0)
+            return x.clone() if into is None else into
+
+    model, seen = own_model(num_layers=3), []
+    for layer, in_place in zip(load("seed_layers").routed_layers(model), (True, False), strict=True):
+        layer.parts = replace(layer.parts, shared=Shared())
+
+        def run(x: torch.Tensor, shared: Shared = layer.parts.shared, in_place: bool = in_place) -> torch.Tensor:
+            nonlocal held
+            held += 70 + x.nbytes
+            seen.append(x.nbytes)
+            if in_place:
+                return shared(x, x.clone())
+            shared(x)
+            held -= x.nbytes
+            return x.clone()
+
+        layer.run = run
+    words = torch.zeros(1, 33, dtype=torch.int64)
+    assert load("seed_layers").kept_bytes(model, lambda: model(words)) == [70 + nbytes for nbytes in seen]
+    assert not any(layer.parts.shared._forward_hooks for layer in load("seed_layers").routed_layers(model))

@@ -333,7 +333,32 @@ def exchange_launches() -> list[Launch]:
     ]
 
 
-SOURCES: tuple[Callable[[], list[Launch]], ...] = (portable_launches, hopper_launches, exchange_launches)
+def activation_launches() -> list[Launch]:
+    """The shared experts' activation; of a shape only F is compiled in."""
+    from flashfusemoe_ds.kernels import triton_activation
+
+    def run(name: str, rows: int, f: int, activation: str, dtype: torch.dtype, capability: int = 90) -> list[Launch]:
+        act = get_activation(activation)
+        h = torch.empty(rows, act.up_width(f), dtype=dtype, device="meta")
+        with record(triton_activation, f"shared {name}", (), capability) as launches:
+            a = triton_activation.activate(h, act)
+            triton_activation.activate_backward(h, a, act, overwrite_h=True)
+        return launches
+
+    return [
+        *run("swiglu", 8192, 1536, "swiglu", torch.bfloat16),
+        *run("swiglu on sm_80", 8192, 1536, "swiglu", torch.bfloat16, capability=80),
+        *run("geglu in float32", 8192, 2048, "geglu", torch.float32),
+        *run("gelu_tanh, ragged", 4096, 1418, "gelu_tanh", torch.float16),
+    ]
+
+
+SOURCES: tuple[Callable[[], list[Launch]], ...] = (
+    portable_launches,
+    hopper_launches,
+    exchange_launches,
+    activation_launches,
+)
 
 
 def main() -> None:

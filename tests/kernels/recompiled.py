@@ -16,6 +16,7 @@ from flashfusemoe_ds.kernels import (
     hopper_products,
     routing,
     routing_backward,
+    triton_activation,
     triton_exchange,
     triton_gather_sum,
     triton_order,
@@ -77,6 +78,10 @@ def launches(rows: int) -> Iterator[Launch]:
             products.dw_down(x, order, empty(n, F))
             products.dw_up(empty(n, h), order, x, up)
         yield from recorded
+    with record(triton_activation, "shared experts") as recorded:
+        triton_activation.activate(empty(rows, h), ACTIVATION)
+        triton_activation.activate_backward(empty(rows, h), empty(rows, F), ACTIVATION, overwrite_h=True)
+    yield from recorded
     with record(triton_exchange, "exchange") as recorded:
         _, blocks = triton_exchange.count_rows(idx, EXPERTS // RANKS, RANKS)
         slot, _ = triton_exchange.place_rows(idx, weight, EXPERTS // RANKS, RANKS, blocks)

@@ -75,12 +75,18 @@ def step(
 
 
 def differences(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> list[str]:
-    """Names whose bits differ; None equals None alone."""
+    """Names whose bits differ; None equals None alone. Of what passes through shared experts backward, names that
+    differ by more than rounding: a graph has their slopes from autograd, eager mode from a node of its own."""
     assert actual.keys() == expected.keys()
-    pairs = {name: (actual[name], expected[name]) for name in expected}
-    return [
-        name for name, (a, b) in pairs.items() if (a is not b if a is None or b is None else not torch.equal(a, b))
-    ]
+    through = {n for n in expected if n.endswith(("shared_experts.gate_up_proj", "shared_experts.up_proj"))}
+    through |= {"dx"} if through else set()
+    return [name for name in expected if not _same(actual[name], expected[name], 1e-6 if name in through else 0.0)]
+
+
+def _same(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b) or relative_error(a, b) < tolerance
 
 
 @pytest.mark.parametrize("case", CASES)

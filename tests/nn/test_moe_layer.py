@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashfusemoe_ds import Gating, MoELayer, fused_moe
-from flashfusemoe_ds.kernels import reference
+from flashfusemoe_ds.kernels import dense_mlp, reference
+from flashfusemoe_ds.nn import functional
 from flashfusemoe_ds.nn.router import route
 from tests.close import relative_error
+from tests.kernels.test_order import DEVICE
 
 WIDE = Gating(score="sigmoid", renormalize=True, scaling_factor=1.5, num_groups=4, top_groups=2, expert_bias=True)
 
@@ -56,6 +58,7 @@ CASES = {
     "recompute": {"recompute_activations": True},
     "shared": {"num_shared_experts": 1},
     "two shared, plain": {"num_shared_experts": 2, "activation": "relu"},
+    "shared, limit out of reach": {"num_shared_experts": 1, "max_tokens_per_expert": 1000},
     "latent": {"latent_dim": 8},
     "all of it": {"latent_dim": 8, "num_shared_experts": 2, "gating": WIDE, "top_k": 3, "activation": "geglu"},
     "one expert": {"num_experts": 1, "top_k": 1},
@@ -223,6 +226,49 @@ def test_bf16_and_autocast() -> None:
     # bf16 has 8 bits; the router's float32 keeps the choice of experts, so only rounding differs.
     assert relative_error(half, expected) < 2e-2
     assert relative_error(auto, expected) < 2e-2
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_shared_experts_under_autocast(num: int) -> None:
+    """Computed in bf16 with float32 parameters and gradients, the backward inside autocast or outside of it."""
+    shared = make_layer(num_shared_experts=num).shared_experts
+    x = torch.randn(32, 16, dtype=torch.float64)
+    direction = torch.randn(32, 16, dtype=torch.float64)
+    results = []
+    for dtype, inside in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        layer, leaf = copy.deepcopy(shared).to(dtype), x.to(dtype).requires_grad_()
+        inputs = [leaf, *layer.parameters()]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = layer(leaf)
+            if inside:
+                grads = torch.autograd.grad(out, inputs, direction.to(out.dtype))
+        if not inside:
+            grads = torch.autograd.grad(out, inputs, direction.to(out.dtype))
+        assert out.dtype is (dtype if dtype is torch.float64 else torch.bfloat16)
+        assert all(grad.dtype is dtype for grad in grads)
+        results.append([out, *grads])
+    for exact, outside, within in zip(*results, strict=True):
+        assert relative_error(outside, exact) < 2e-2 and torch.equal(outside, within)
+
+
+def test_shared_experts_added_to_what_the_kernels_of_cuda_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, to an output of the node of router and experts, twice; interpreted where there is no GPU."""
+    layer = make_layer(num_shared_experts=2, gemm_backend="triton").float().to(DEVICE)
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(20, 16, dtype=torch.float64).to(DEVICE)
+    monkeypatch.setattr(functional, "runs_fused", lambda x_TD, *_: x_TD.dtype is torch.float32)
+    monkeypatch.setattr(dense_mlp, "_runs_fused", lambda h: h.dtype is torch.float32)
+    results = []
+    for fn, leaf in ((layer, x.float()), (lambda t: dense_forward(exact, t), x)):
+        out, losses = fn(leaf.requires_grad_())
+        inputs = [leaf, *(layer if fn is layer else exact).parameters()]
+        total = out.sin().sum() + sum(losses.values())
+        first = torch.autograd.grad(total, inputs, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(total, inputs), strict=True))
+        results.append([out, *first])
+    assert results[0][0].grad_fn.name() == "_DenseMLPBackward"
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 1e-5
 
 
 def test_frozen_experts_get_no_gradient_and_the_rest_does() -> None:
