@@ -174,7 +174,7 @@ class Run:
             **row,
             **gathered,
             "note": "; ".join(filter(None, notes)),
-            "kept_bytes": None if self.kept_bytes is None else [max(of_ranks) for of_ranks in zip(*kept, strict=True)],
+            "kept_bytes": None if self.kept_bytes is None else kept,  # by rank and layer
             "max_over_mean_load": (loads_LE.max(1).values / loads_LE.mean(1)).tolist(),
             "routes_without_room": over if room is not None else None,
         }

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from device_trace import Role
@@ -12,20 +12,21 @@ from step_report import median_communication, median_split, percentile
 
 COLUMNS = (
     "MoE layer", "step p50 ms", "p90 ms", "tokens/s", "x stock", "x FlashFusedMoE", "peak GiB", "kept MB a MoE layer",
-    "experts' exchange ms", "exposed ms", "exposed transfer ms", "gradients ms", "exposed ms", "exposed transfer ms",
-    "fullest expert", "loss, first to last",
+    "most", "experts' exchange ms", "exposed ms", "exposed transfer ms", "gradients ms", "exposed ms",
+    "exposed transfer ms", "fullest expert", "loss, first to last",
 )  # fmt: skip
 LEGEND = (
     "One plain PyTorch loop trains one model, of which the MoE layers alone differ; ours, and FlashFusedMoE's between "
-    "ranks, computes the shared expert too, for others plain PyTorch does. A step is forward, backward, "
-    "clipping and AdamW; its time is from the end of the step before, steps following one another without a pause, "
-    "the slowest rank's, in blocks that take turns. x stock, x FlashFusedMoE: p50 of deepspeed's own layer, and of "
-    "FlashFusedMoE's fastest row, over this one's. Peak: most of one contender's memory on a GPU. Kept: what a MoE "
-    "layer's forward leaves allocated for the backward, the largest of all layers and ranks; casts of weights by "
-    "autocast are a part of it, the shared expert, whoever computes it, is not. Exchange, gradients: time in which "
-    "their collectives run; exposed: while no compute kernel runs (device_trace.py); exposed transfer: the part of "
-    "that in which all ranks have begun the collective (waiting.py), empty where the trace names none. Fullest "
-    "expert: most routes over the mean, after the last step, the worst layer's."
+    "ranks, computes the shared expert too, for others plain PyTorch does. A step is forward, backward, clipping and "
+    "AdamW; its time is from the end of the step before, steps following one another without a pause, the slowest "
+    "rank's, in blocks that take turns. x stock, x FlashFusedMoE: p50 of deepspeed's own layer, and of "
+    "FlashFusedMoE's fastest row, over this one's. Peak: most of one contender's memory on a GPU. Kept: what a "
+    "MoE layer's forward leaves allocated for the backward, the mean and the most of all layers and ranks, which differ where a rank gets "
+    "more routes than its share; casts of weights by autocast are a part of it, the shared expert, whoever computes "
+    "it, is not. Exchange, gradients: time in which their collectives run; exposed: while no compute kernel runs "
+    "(device_trace.py); exposed transfer: the part of that in which all ranks have begun the collective (waiting.py), "
+    "empty where the trace names none. Fullest expert: most routes over the mean, after the last step, the worst "
+    "layer's."
 )
 
 
@@ -51,6 +52,7 @@ def _cells(row: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
     exchange_transfer, dense_transfer, experts_transfer = (
         split.get(role.value, (None, None))[0] for role in (Role.EXCHANGE, Role.DENSE, Role.EXPERTS)
     )
+    kept = None if row["kept_bytes"] is None else [nbytes for of_rank in row["kept_bytes"] for nbytes in of_rank]
     known = dense_transfer is not None and experts_transfer is not None
     return [
         f"**{row['title']}**" if row["ours"] else row["title"],
@@ -60,7 +62,8 @@ def _cells(row: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
         number(times(row, rows, "stock"), 2),
         number(times(row, rows, "flashfusedmoe"), 2),
         number(None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30, 1),
-        number(None if row["kept_bytes"] is None else max(row["kept_bytes"]) / 1e6, 1),
+        number(kept and mean(kept) / 1e6, 1),
+        number(kept and max(kept) / 1e6, 1),
         number(exchange[0], 2),
         number(exchange[1], 2),
         number(exchange_transfer, 2),

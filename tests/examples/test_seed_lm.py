@@ -138,17 +138,17 @@ def test_table_and_picture(load: Any, tmp_path: Path) -> None:
         {**common, "title": "Flash", "rival": "flashfusedmoe", "step_ms": [45.0], "note": "2252 rows per expert"},
         {**common, "title": "Flash, torch.compile", "rival": "flashfusedmoe", "step_ms": [40.0]},
         {**common, "title": "ours", "ours": True, "step_ms": [24.0, 25.0, 27.0], "profile": profile,
-         "kept_bytes": [117_500_000, 117_600_000]},
+         "kept_bytes": [[117_500_000, 117_600_000], [117_700_000, 117_600_000]]},
         {**common, "title": "Other", "status": "missing", "note": "ImportError: no", "step_ms": []},
     ]  # fmt: skip
     outcome = {"rows": rows, "tokens_per_step": 1000}
     lines = seed_report.table(outcome).splitlines()
     _, _, *found = cells(lines[:6])
-    assert found[0] == ["deepspeed MoE", "50.00", "60.00", "20,000", "", "0.80", "3.0", "", "", "", "", "", "", "",
+    assert found[0] == ["deepspeed MoE", "50.00", "60.00", "20,000", "", "0.80", "3.0", "", "", "", "", "", "", "", "",
                         "1.25", "2.0000 to 1.5000"]  # fmt: skip
     assert found[2][4:6] == ["1.25", ""]
-    assert found[3] == ["ours", "25.00", "27.00", "40,000", "2.00", "1.60", "3.0", "117.6", "7.00", "6.00", "",
-                        "6.00", "2.50", "1.75", "1.25", "2.0000 to 1.5000"]  # fmt: skip
+    assert found[3] == ["ours", "25.00", "27.00", "40,000", "2.00", "1.60", "3.0", "117.6", "117.7", "7.00", "6.00",
+                        "", "6.00", "2.50", "1.75", "1.25", "2.0000 to 1.5000"]  # fmt: skip
     assert lines[-2:] == ["- Flash: 2252 rows per expert", "- Other: missing: ImportError: no"]
 
     pytest.importorskip("matplotlib")
