@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed
 from torch import Tensor
 
 from flashfusemoe_ds.dispatch.base import Combined, Pending
+from flashfusemoe_ds.dispatch.host_copy import HostCopies, HostCopy
 from flashfusemoe_ds.dispatch.timeout import group_timeout_s
-from flashfusemoe_ds.kernels.exchange import count_rows, place_rows, spread_rows
+from flashfusemoe_ds.kernels.exchange import count_rows, place_rows, spread_rows, take_apart
 from flashfusemoe_ds.kernels.gather_sum import gather_sum
 from flashfusemoe_ds.types import Dispatched
 
@@ -55,8 +55,8 @@ class NcclDispatcher:
     Args:
         group: the process group; its rank p owns experts [p * e, (p + 1) * e).
         num_experts: E, divisible by the group's size.
-        comm: module that provides all_to_all_single and get_world_size: torch.distributed, or deepspeed.comm, whose
-            communication logger then sees the traffic.
+        comm: what provides all_to_all_single and get_world_size: torch.distributed, or `ds.collectives`, with which
+            deepspeed.comm's communication logger sees the traffic.
 
     Attributes:
         layer: name of the layer that owns it, for messages; whoever knows it may set it.
@@ -65,15 +65,13 @@ class NcclDispatcher:
     name = "nccl"
     layer: str | None = None
 
-    def __init__(
-        self, group: torch.distributed.ProcessGroup, num_experts: int, comm: ModuleType = torch.distributed
-    ) -> None:
+    def __init__(self, group: torch.distributed.ProcessGroup, num_experts: int, comm: Any = torch.distributed) -> None:
         self.group, self.comm = group, comm
         self.ep_size = comm.get_world_size(group=group)
         if num_experts % self.ep_size:
             raise ValueError(f"ep_size is {self.ep_size}; it must divide num_experts ({num_experts})")
         self.num_local_experts = num_experts // self.ep_size
-        self._counts_stream: torch.cuda.Stream | None = None
+        self._copies: HostCopies | None = None  # made on the device of the first rows
 
     def start_dispatch(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Pending[Dispatched]:
         owners = self.num_local_experts, self.ep_size
@@ -88,7 +86,7 @@ class NcclDispatcher:
             num_sent = sum(exchange.send_counts)
             meta = self._start_out("dispatch of ids and weights", words[:num_sent], exchange)
             travelling = self._start_out("dispatch of rows", rows[:num_sent], exchange)
-            idx_RK, weight_RK = _take_apart(meta.wait(), idx_TK.shape[1], weight_TK.dtype)
+            idx_RK, weight_RK = take_apart(meta.wait(), idx_TK.shape[1], weight_TK.dtype)
             num_routes = sum(routes for _, routes in received)
             return Dispatched(travelling.wait(), idx_RK, weight_RK, num_routes, exchange)
 
@@ -117,35 +115,29 @@ class NcclDispatcher:
         operation = "exchange of counts"
         try:
             work = self.comm.all_to_all_single(counts_2P2[1], counts_2P2[0], group=self.group, async_op=True)
-            on_host, arrived = counts_2P2, None
-            if counts_2P2.is_cuda:
-                on_host, arrived = self._start_to_host(work, counts_2P2)
+            copy = self._start_to_host(work, counts_2P2) if counts_2P2.is_cuda else None
         except RuntimeError as error:
             self._fail(operation, error)
 
         def read() -> list[list[list[int]]]:
             try:
-                if arrived is None:
+                if copy is None:
                     work.wait()
                 else:
-                    _wait_on_host(arrived, self._patience(counts_2P2.device))
+                    _wait_on_host(copy.arrived, self._patience(counts_2P2.device))
             except RuntimeError as error:
                 self._fail(operation, error)
-            return on_host.tolist()
+            return counts_2P2.tolist() if copy is None else self._copies.read(copy)
 
         return Pending(read)
 
-    def _start_to_host(self, work: torch.distributed.Work, counts_2P2: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    def _start_to_host(self, work: torch.distributed.Work, counts_2P2: Tensor) -> HostCopy:
         """Copies the counts once they are there, on a stream of its own: on the current one, what is launched next
-        would wait for the slowest rank. `counts_2P2` must live until the event."""
-        if self._counts_stream is None:
+        would wait for the slowest rank."""
+        if self._copies is None:
             # It has next to nothing to do, and everybody waits for it.
-            self._counts_stream = torch.cuda.Stream(counts_2P2.device, priority=-1)
-        with torch.cuda.stream(self._counts_stream):
-            work.wait()
-            on_host = torch.empty(counts_2P2.shape, dtype=counts_2P2.dtype, device="cpu", pin_memory=True)
-            on_host.copy_(counts_2P2, non_blocking=True)
-            return on_host, self._counts_stream.record_event()
+            self._copies = HostCopies(torch.cuda.Stream(counts_2P2.device, priority=-1))
+        return self._copies.start(counts_2P2, after=work)
 
     def _start_all_to_all(
         self, operation: str, rows: Tensor, out_counts: list[int], in_counts: list[int]
@@ -181,13 +173,6 @@ class NcclDispatcher:
             f"ep_backend nccl: {operation}{of_layer} failed on rank {rank} of the expert-parallel group of ranks "
             f"{ranks}: another of them has died, is late, or has not called the layers in the same order ({error})"
         ) from error
-
-
-def _take_apart(words: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Lines of `place_rows` -> ids int64 [R, K] and weights [R, K]."""
-    # A view as a wider type needs words without gaps.
-    weight_RK = words[:, :-top_k].flatten().view(dtype).view(-1, top_k)
-    return words[:, -top_k:].long(), weight_RK
 
 
 def _wait_on_host(event: torch.cuda.Event, patience: float | None) -> None:

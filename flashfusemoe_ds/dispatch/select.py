@@ -85,7 +85,7 @@ def make_dispatcher(
     config: FlashFuseMoEConfig,
     group: Group | None,
     geometry: Geometry,
-    comm: ModuleType = torch.distributed,
+    comm: Any = torch.distributed,
 ) -> Dispatcher:
     """The transport for a group; without one, or with a group of one rank, the identity.
 
@@ -94,7 +94,7 @@ def make_dispatcher(
 
     Args:
         config: names the transport and has its settings.
-        comm: torch.distributed, or deepspeed.comm, whose communication logger then sees nccl's traffic.
+        comm: for nccl, see `NcclDispatcher`.
 
     Raises:
         ImportError: the backend's package is missing on a rank; on every rank, before data is exchanged.

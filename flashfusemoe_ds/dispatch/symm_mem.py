@@ -31,6 +31,7 @@ from torch import Tensor
 from flashfusemoe_ds.config import SymmMemConfig
 from flashfusemoe_ds.dispatch.agreement import access_refusal, exchange, joint_reason, this_place
 from flashfusemoe_ds.dispatch.base import Combined, Geometry, Pending
+from flashfusemoe_ds.dispatch.host_copy import HostCopies
 from flashfusemoe_ds.dispatch.timeout import group_timeout_s
 from flashfusemoe_ds.kernels.peer_slab import HEADER_BYTES, NO_ROOM, TIMED_OUT, Failure, Slab
 from flashfusemoe_ds.types import Dispatched
@@ -137,6 +138,8 @@ class SymmMemDispatcher:
         self._memory, addresses = _share(slab, group, device)
         self.timeout_s = group_timeout_s(group, device) or torch.distributed.default_pg_timeout.total_seconds()
         self._stream = torch.cuda.Stream(device, priority=-1)
+        self._inputs_ready = torch.cuda.Event()
+        self._copies = HostCopies(self._stream)
         self._peers = Peers(
             rank=torch.distributed.get_rank(group),
             slab=slab,
@@ -185,14 +188,16 @@ class SymmMemDispatcher:
             return Dispatched(x_RD, idx_RK, weight_RK, num_routes, Exchange(pos_TP, plan, origin_R))
 
         if not exact:
-            return self._pending(fetch(max_rows, max_routes), x_TD, idx_TK, weight_TK)
-        counts, counted = self._start_to_host(plan[-2:])
+            sent = fetch(max_rows, max_routes)
+            return self._pending(sent, self._done(), x_TD, idx_TK, weight_TK)
+        counts = self._copies.start(plan[-2:])
 
         def read_counts_then_fetch() -> Dispatched:
-            counted.synchronize()
+            counts.arrived.synchronize()
             self.raise_if_failed()
             self._follow_current_stream()
-            return self._pending(fetch(*counts.tolist()), x_TD, idx_TK, weight_TK).wait()
+            sent = fetch(*self._copies.read(counts))
+            return self._pending(sent, self._done(), x_TD, idx_TK, weight_TK).wait()
 
         return Pending(read_counts_then_fetch)
 
@@ -203,7 +208,8 @@ class SymmMemDispatcher:
         x_TD = _aligned(x_TD)
         self._follow_current_stream()
         peer.stage_rows(self._peers, x_TD, handle.plan, home=False)
-        return self._pending(peer.fetch_rows(self._peers, x_TD, handle.plan, handle.origin_R), x_TD, handle)
+        rows = peer.fetch_rows(self._peers, x_TD, handle.plan, handle.origin_R)
+        return self._pending(rows, self._done(), x_TD, handle)
 
     def start_combine(self, y_RD: Tensor, handle: Exchange, weight_RK: Tensor | None = None) -> Combined:
         from flashfusemoe_ds.kernels import peer
@@ -216,8 +222,10 @@ class SymmMemDispatcher:
         peer.stage_rows(self._peers, y_RD, handle.plan, home=True, weight_RK=weight_RK)
         rows, weights = peer.sum_home(self._peers, y_RD, handle.plan, handle.pos_TP, weight_RK)
         # One exchange carries both; weights are a few bytes in a row.
-        arriving = self._pending(rows, y_RD, weight_RK, handle)
-        return Combined(arriving, None if weights is None else self._pending(weights, y_RD, weight_RK, handle))
+        done, read = self._done(), (y_RD, weight_RK, handle)
+        return Combined(
+            self._pending(rows, done, *read), None if weights is None else self._pending(weights, done, *read)
+        )
 
     def raise_if_failed(self) -> None:
         """Raises if a kernel that has run so far has failed. Reads host memory: call it after a synchronisation, such
@@ -281,12 +289,18 @@ class SymmMemDispatcher:
     def _follow_current_stream(self) -> None:
         """What is launched next comes after what the current stream has been given: inputs are ready, and whoever had
         the memory of outputs before is done with it."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        # A stream waits for what was recorded last when it was told to wait: one event serves all exchanges.
+        self._inputs_ready.record(torch.cuda.current_stream(self._stream.device))
+        self._stream.wait_event(self._inputs_ready)
 
-    def _pending(self, result: T, *read: Any) -> Pending[T]:
-        """`result`, once the launches so far are done; keeps what they read until then."""
+    def _done(self) -> torch.cuda.Event:
+        """When the launches so far are done."""
         done = torch.cuda.Event()
         done.record(self._stream)
+        return done
+
+    def _pending(self, result: T, done: torch.cuda.Event, *read: Any) -> Pending[T]:
+        """`result`, once the launches that make it are done; keeps what they read until then."""
 
         def arrived() -> T:
             torch.cuda.current_stream(self._stream.device).wait_event(done)
@@ -294,14 +308,6 @@ class SymmMemDispatcher:
             return result
 
         return Pending(arrived)
-
-    def _start_to_host(self, values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        on_host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
-        arrived = torch.cuda.Event()
-        with torch.cuda.stream(self._stream):
-            on_host.copy_(values, non_blocking=True)
-            arrived.record()
-        return on_host, arrived
 
 
 def _aligned(rows: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.ep_experts import GroupedExperts as StockGroupedExperts
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from flashfusemoe_ds.config import SECTION, FlashFuseMoEConfig
 from flashfusemoe_ds.dispatch.base import Dispatcher, Geometry, Pending
 from flashfusemoe_ds.dispatch.select import make_dispatcher
+from flashfusemoe_ds.ds.collectives import Collectives
 from flashfusemoe_ds.kernels.activation import Activation, get_activation
 from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.products import ExpertProducts, UpWeights
@@ -138,7 +138,7 @@ def fuse_autoep(engine: Any, section: FlashFuseMoEConfig) -> list[FusedAutoEPMoE
         geometry = Geometry(layer.num_experts, layer.hidden_size, layer.top_k, layer.experts.w2.dtype)
         key = (layer.ep_group, geometry)
         if key not in dispatchers:
-            dispatchers[key] = make_dispatcher(section, layer.ep_group, geometry, comm=dist)
+            dispatchers[key] = make_dispatcher(section, layer.ep_group, geometry, comm=Collectives)
         fused.append(FusedAutoEPMoELayer.convert(layer, section, dispatchers[key]))
     for activation, count in left.items():
         log_dist(

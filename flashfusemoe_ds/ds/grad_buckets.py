@@ -5,7 +5,7 @@ Every parameter has a `Reduction`: over which ranks, scaled how. Parameters that
 which a backward finishes them, the first bucket small so that communication starts early. The caller reports each
 accumulated gradient (`ready`). A bucket whose gradients are all there is launched:
 
-    side stream   wait for the gradients' events | pack | scale | all-reduce, asynchronous | scale | unpack
+    side stream   wait for the gradients' streams | pack | scale | all-reduce, asynchronous | scale | unpack
     finish()      launches what is left, with zeros for gradients that never came, then waits for all of it
 
 Two side streams take turns, so that one bucket is packed while the one before it travels. Without streams (CPU) the
@@ -56,14 +56,14 @@ class _Bucket:
         # Nothing travels and nothing is cast: the gradients are scaled where they lie.
         self.in_place = num_ranks == 1 and self.dtype == params[0].dtype
         self.expected = dict.fromkeys(params, 1)
-        self.ready_events: dict[Any, Any] = {}
+        self.producers: set[Any] = set()  # streams on which its gradients were made
         self.reset()
 
     def reset(self) -> None:
         self.arrivals = dict.fromkeys(self.params, 0)
         self.waiting_for = len(self.params)
         self.launched = False
-        self.ready_events.clear()
+        self.producers.clear()
         self.grads: list[Tensor | None] = []
         self.flat: Tensor | None = None
         self.work: Any = None
@@ -118,17 +118,16 @@ class _CudaOrder:
 
     def mark_ready(self, bucket: _Bucket) -> None:
         """The gradient was made on the stream that is current here, in the autograd thread's hook."""
-        stream = torch.cuda.current_stream(self.device)
-        self.producers.add(stream)
-        # One event per stream, recorded anew: its last record covers everything that the stream made before.
-        bucket.ready_events.setdefault(stream, torch.cuda.Event()).record(stream)
+        # No event here, of which a step would record one for every parameter: `side` records one for a whole bucket.
+        bucket.producers.add(torch.cuda.current_stream(self.device))
 
     def side(self, bucket: _Bucket) -> contextlib.AbstractContextManager[Any]:
         self.turn = (self.turn + 1) % len(self.streams)
         self.used.add(self.turn)
         stream = self.streams[self.turn]
-        for event in bucket.ready_events.values():
-            stream.wait_event(event)
+        for producer in bucket.producers:
+            stream.wait_stream(producer)
+        self.producers |= bucket.producers
         return torch.cuda.stream(stream)
 
     def issued(self) -> None:
@@ -194,7 +193,6 @@ class GradReducer:
     def all_launched(self) -> bool:
         return self._next == len(self.buckets)
 
-    @torch.no_grad()
     def ready(self, param: nn.Parameter) -> None:
         """Call it where `param.grad` was just accumulated: in a post-accumulate hook, on the hook's stream.
 
@@ -272,6 +270,7 @@ class GradReducer:
     def _keeps(self, param: nn.Parameter) -> bool:
         return self._keep is None or self._keep(param)
 
+    @torch.no_grad()
     def _launch_next(self) -> None:
         bucket = self.buckets[self._next]
         self._next += 1

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as StockMoE
 from deepspeed.moe.sharded_moe import (
     FIRST_ALLTOALL_TIMER,
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from flashfusemoe_ds.config import FlashFuseMoEConfig
 from flashfusemoe_ds.dispatch.base import Dispatcher, Geometry, combine, dispatch
 from flashfusemoe_ds.dispatch.select import make_dispatcher
+from flashfusemoe_ds.ds.collectives import Collectives
 from flashfusemoe_ds.ds.expert_layout import recognise
 from flashfusemoe_ds.ds.fused_experts import FusedExperts
 from flashfusemoe_ds.ds.tensor_parallel import (
@@ -134,7 +134,7 @@ class FusedMOELayer(StockMOELayer):
         gate = self.gate
         dtype = next((p.dtype for p in self.experts.parameters()), torch.get_default_dtype())
         geometry = Geometry(self.num_local_experts * self.ep_size, gate.wg.in_features, gate.k, dtype)
-        self.dispatcher = make_dispatcher(self.config, self.ep_group, geometry, comm=dist)
+        self.dispatcher = make_dispatcher(self.config, self.ep_group, geometry, comm=Collectives)
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
         """[*, D] -> [*, D]; leaves l_aux and exp_counts (int64 [E], before drops) as attributes, as stock does."""

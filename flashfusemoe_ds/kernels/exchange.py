@@ -4,6 +4,7 @@
     count_rows   how many rows go to each rank: all that the ranks must tell each other
     place_rows   where each token's rows lie in the send buffer, and what is said in them of its routes
     spread_rows  the rows themselves
+    take_apart   what was said of a row's routes, on the rank that it was sent to
 
 A token has one row for each rank that owns one of its experts, J = min(K, P) at most. The send buffer is ordered by
 destination rank, then by token. How many rows there are is known only on the device, so that buffers are sized for
@@ -73,6 +74,15 @@ def spread_rows(x_TD: Tensor, slot_TJ: Tensor, num_rows: int) -> Tensor:
     return spread_rows_torch(x_TD, slot_TJ, num_rows)
 
 
+def take_apart(words: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Lines of `place_rows`, int32 [R, W + K] contiguous -> expert ids int64 [R, K] and weights [R, K] in `dtype`."""
+    if words.is_cuda:
+        from flashfusemoe_ds.kernels import triton_exchange
+
+        return triton_exchange.take_apart(words, top_k, dtype)
+    return take_apart_torch(words, top_k, dtype)
+
+
 def _ranks_of(idx_TK: Tensor, num_local_experts: int, num_ranks: int) -> Tensor:
     """bool [T, K, P]: the rank that owns each route's expert."""
     rank_TK = torch.where(idx_TK >= 0, idx_TK // num_local_experts, -1)
@@ -121,3 +131,10 @@ def spread_rows_torch(x_TD: Tensor, slot_TJ: Tensor, num_rows: int) -> Tensor:
     for slot_T in slot_TJ.long().clamp(max=num_rows).unbind(1):
         rows.index_copy_(0, slot_T, x_TD)
     return rows[:num_rows]
+
+
+def take_apart_torch(words: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The twin of taking apart."""
+    # A view as a wider type needs words without gaps.
+    weight_RK = words[:, :-top_k].flatten().view(dtype).view(-1, top_k)
+    return words[:, -top_k:].long(), weight_RK

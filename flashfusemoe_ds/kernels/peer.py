@@ -22,6 +22,7 @@ The entry points are plain functions of tensors; `dispatch/symm_mem.py` owns mem
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,7 +77,7 @@ class Peers:
         return {"RANK": self.rank, "P": num_ranks, "P2": max(2, next_power_of_2(num_ranks))}
 
     def launch(self, kernel: Any, num_programs: int, *args: Any, num_warps: int = NUM_WARPS, **constants: Any) -> None:
-        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+        with self.stream or contextlib.nullcontext():
             launch(kernel, (num_programs,), *args, **constants, num_warps=num_warps)
 
     @property
@@ -84,6 +85,7 @@ class Peers:
         return self.addresses_P, self.state, self.failure
 
 
+@functools.lru_cache(maxsize=256)
 def _tile(width: int, elements: int) -> tuple[int, int]:
     """Rows and columns of a tile of about `elements`; of the strips of a row, those that leave the least idle."""
     widest = max(4, min(elements, 2048, next_power_of_2(width)))

@@ -27,6 +27,7 @@ from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
 MAX_BLOCKS = 128  # each reads all of blocks_BP
 PAIRS = 1024  # (token, rank) pairs that a block looks at at a time: 8 a thread
 COUNT_TILE = 4096  # entries of blocks_BP in registers at a time
+WORDS = 1024  # that a program takes apart: 8 a thread
 NUM_WARPS = 4
 
 
@@ -164,6 +165,18 @@ def _spread_kernel(
         tl.store(out_ptr + slot[:, None] * D + columns, row, mask=(slot < num_rows)[:, None] & (columns < D))
 
 
+@triton.jit(do_not_specialize=["num_words"])
+def _take_apart_kernel(
+    words_ptr, idx_ptr, weights_ptr, num_words, K: tl.constexpr, WEIGHT_WORDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = at < num_words
+    word = tl.load(words_ptr + at, mask=here, other=0)
+    row, column = at // (WEIGHT_WORDS + K), at % (WEIGHT_WORDS + K)
+    tl.store(weights_ptr + row * WEIGHT_WORDS + column, word, mask=here & (column < WEIGHT_WORDS))
+    tl.store(idx_ptr + row * K + column - WEIGHT_WORDS, word.to(tl.int64), mask=here & (column >= WEIGHT_WORDS))
+
+
 def _stretches(num_tokens: int, num_ranks: int) -> tuple[int, int, int, int]:
     """How count and place share the tokens out: blocks, tokens per block, tokens at a time, and ranks rounded up."""
     block_p = next_power_of_2(num_ranks)
@@ -256,3 +269,23 @@ def spread_rows(x_TD: Tensor, slot_TJ: Tensor, num_rows: int) -> Tensor:
         num_warps=NUM_WARPS,
     )
     return out
+
+
+def take_apart(words: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `exchange.take_apart`."""
+    num_rows, width = words.shape
+    idx_RK = torch.empty(num_rows, top_k, dtype=torch.int64, device=words.device)
+    weight_RK = torch.empty(num_rows, top_k, dtype=dtype, device=words.device)
+    launch(
+        _take_apart_kernel,
+        (cdiv(words.numel(), WORDS),),
+        words,
+        idx_RK,
+        as_words(weight_RK),
+        words.numel(),
+        K=top_k,
+        WEIGHT_WORDS=width - top_k,
+        BLOCK=WORDS,
+        num_warps=NUM_WARPS,
+    )
+    return idx_RK, weight_RK

@@ -161,14 +161,14 @@ class _ParallelExperts(torch.autograd.Function):
                 dx_TD = rows.wait()
         else:
             ctx.late.arriving = rows
-            # Its shape alone; `_Late` has the rest. Zeros, because anomaly detection looks for NaN in it.
-            dx_TD = dy_TD.new_zeros(1).expand(dy_TD.shape)
+            # For its shape alone, which is dX's; `_Late` has dX itself.
+            dx_TD = dy_TD
         return dx_TD, dweight_TK, *dparameters, *(None,) * 7
 
 
 def start_dispatch(dispatcher: Dispatcher, rows_TD: Tensor, routing: Routing) -> Pending[Dispatched]:
     """Starts to send the rows, outside autograd."""
-    with torch.no_grad(), Range("dispatch"):
+    with Range("dispatch"):
         return dispatcher.start_dispatch(rows_TD.detach().contiguous(), routing.idx_TK, routing.weight_TK.detach())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from flashfusemoe_ds.config import FlashFuseMoEConfig, SymmMemConfig
 from flashfusemoe_ds.dispatch import symm_mem
 from flashfusemoe_ds.dispatch.agreement import Place
 from flashfusemoe_ds.dispatch.base import Dispatcher, Geometry, Pending, combine, dispatch
+from flashfusemoe_ds.dispatch.host_copy import HostCopy
 from flashfusemoe_ds.dispatch.nccl import NcclDispatcher
 from flashfusemoe_ds.dispatch.symm_mem import SymmMemDispatcher, geometry_refusal, machine_refusal
 from flashfusemoe_ds.kernels import peer
@@ -50,6 +52,10 @@ class OnCpu(SymmMemDispatcher):
         zeros = torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         addresses = torch.tensor([m.data_ptr() for m in self._memory])
         self._peers = peer.Peers(rank, slab, addresses, *zeros, num_programs=2, timeout_ns=1, wait=False)
+        self._copies = SimpleNamespace(
+            start=lambda counts: HostCopy(counts.clone(), SimpleNamespace(synchronize=lambda: None)),
+            read=lambda copy: copy.values.tolist(),
+        )
 
     def _follow_current_stream(self) -> None:
         pass
@@ -57,11 +63,11 @@ class OnCpu(SymmMemDispatcher):
     def _capturing(self) -> bool:
         return False
 
-    def _pending(self, result: Any, *read: Any) -> Pending[Any]:
-        return Pending(lambda: result)
+    def _done(self) -> None:
+        pass
 
-    def _start_to_host(self, values: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        return values.clone(), type("Event", (), {"synchronize": lambda self: None})()
+    def _pending(self, result: Any, done: None, *read: Any) -> Pending[Any]:
+        return Pending(lambda: result)
 
 
 def meet_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,8 +322,9 @@ def exchange_launches() -> list[Launch]:
         x = torch.empty(tokens, d, dtype=torch.bfloat16, device="meta")
         with record(triton_exchange, f"exchange {name}", ()) as launches:
             _, blocks = triton_exchange.count_rows(idx, experts // ranks, ranks)
-            slot, _ = triton_exchange.place_rows(idx, weight, experts // ranks, ranks, blocks)
+            slot, words = triton_exchange.place_rows(idx, weight, experts // ranks, ranks, blocks)
             triton_exchange.spread_rows(x, slot, slot.numel())
+            triton_exchange.take_apart(words, top_k, weight.dtype)
         return launches
 
     return [

@@ -84,8 +84,9 @@ def launches(rows: int) -> Iterator[Launch]:
     yield from recorded
     with record(triton_exchange, "exchange") as recorded:
         _, blocks = triton_exchange.count_rows(idx, EXPERTS // RANKS, RANKS)
-        slot, _ = triton_exchange.place_rows(idx, weight, EXPERTS // RANKS, RANKS, blocks)
+        slot, words = triton_exchange.place_rows(idx, weight, EXPERTS // RANKS, RANKS, blocks)
         triton_exchange.spread_rows(x, slot, rows + 1)
+        triton_exchange.take_apart(words, idx.shape[1], weight.dtype)
     yield from recorded
 
 

@@ -52,6 +52,12 @@ def check(idx: torch.Tensor, weight: torch.Tensor, num_local: int, num_ranks: in
     weight_words = words.shape[1] - idx.shape[1]
     assert words[:num_rows, weight_words:].tolist() == [local for _, local in rows]
     assert torch.equal(words[:num_rows, :weight_words], weight[tokens].view(torch.int32))
+    sent = words[:num_rows].contiguous()
+    for taken in (exchange.take_apart_torch, triton_exchange.take_apart):
+        line = sent.to(DEVICE if taken is triton_exchange.take_apart else "cpu")
+        taken_idx, taken_weight = (t.cpu() for t in taken(line, idx.shape[1], weight.dtype))
+        assert taken_idx.dtype is torch.int64 and taken_idx.tolist() == [local for _, local in rows]
+        assert taken_weight.dtype is weight.dtype and torch.equal(taken_weight, weight[tokens])
     for size in (num_rows, slot.numel()):
         assert torch.equal(exchange.spread_rows_torch(x, slot, size)[:num_rows], x[tokens])
 
