@@ -25,6 +25,7 @@ from flashfusemoe_ds.ds.engine_overlap import overlap_gradients
 from flashfusemoe_ds.ds.expert_load import check_expert_load, flush_expert_load, observe_expert_load, wants_expert_load
 from flashfusemoe_ds.ds.grad_norm import use_exact_grad_norm
 from flashfusemoe_ds.ds.moe import MoE
+from flashfusemoe_ds.ds.overflow_check import check_overflow_at_once
 from flashfusemoe_ds.ds.replace import as_lists, is_replaceable, remap_groups, remap_optimizer, replace_moe
 from flashfusemoe_ds.ds.stage0_overlap import BUCKET_NUMEL
 from flashfusemoe_ds.ds.tensor_parallel import tensor_parallel_size
@@ -141,6 +142,7 @@ def attach(engine: Any) -> Any:
             guard_checkpoints(engine)
         if section.exact_grad_norm:
             use_exact_grad_norm(engine)
+        check_overflow_at_once(engine.optimizer)
         reduced = overlap_gradients(engine, section.overlap_dense_grads)
         observe_expert_load(engine, section)
         log_dist(_summary(section, layers, reduced), ranks=[0])

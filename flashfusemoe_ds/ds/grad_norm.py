@@ -11,12 +11,13 @@ not:
 - float32 at stage 0 (deepspeed.runtime.utils.clip_grad_norm_) clips by the average over ranks of local norms, each
   over the rank's own experts, and leaves `get_global_grad_norm()` None;
 - FP16_UnfusedOptimizer, which stage 0 uses for float16 and bfloat16 with other optimizers than Adam kernels, leaves
-  the experts out.
+  the experts out. Its step becomes `unfused_step`'s, which computes no other norm than this one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from flashfusemoe_ds.ds.unfused_step import UnfusedStep
+
 
 def use_exact_grad_norm(engine: Any) -> None:
     """Replaces the wrong norms on this engine's instances; does nothing where DeepSpeed's are right."""
@@ -37,7 +40,7 @@ def use_exact_grad_norm(engine: Any) -> None:
     optimizer = engine.optimizer
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         if not optimizer.fused_lamb_legacy:
-            _clip_unfused_exactly(optimizer, engine.mpu)
+            UnfusedStep(optimizer, partial(global_grad_norm, mpu=engine.mpu))
     elif not (engine.fp16_enabled() or engine.bfloat16_enabled()):
         _clip_float32_exactly(engine)
 
@@ -52,23 +55,7 @@ def _clip_float32_exactly(engine: Any) -> None:
     engine.clip_fp32_gradients = clip_fp32_gradients
 
 
-def _clip_unfused_exactly(optimizer: Any, mpu: Any) -> None:
-    stock = optimizer.unscale_and_clip_grads
-
-    def unscale_and_clip_grads(total_norm: float, apply_scale: bool = True) -> float:
-        """total_norm, without the experts, is what DeepSpeed's step computed; the gradients lie in float32 copies."""
-        pairs = [
-            (param, master.grad)
-            for params, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-            for param, master in zip(params, masters, strict=True)
-        ]
-        norm = float(global_grad_norm(pairs, mpu))
-        optimizer._global_grad_norm = norm / optimizer.loss_scale_config.cur_scale
-        return stock(norm, apply_scale)
-
-    optimizer.unscale_and_clip_grads = unscale_and_clip_grads
-
-
+@torch.no_grad()
 def global_grad_norm(grads: Iterable[tuple[nn.Parameter, Tensor | None]], mpu: Any = None) -> Tensor:
     """The L2 norm of the whole model's gradient: a float32 scalar, the same on every rank. A collective.
 
@@ -85,7 +72,7 @@ def global_grad_norm(grads: Iterable[tuple[nn.Parameter, Tensor | None]], mpu: A
         mine = experts.setdefault((param.group_name, split), []) if is_moe_param(param) else dense
         counted = is_moe_param(param) or split or mpu is None or mpu.get_model_parallel_rank() == 0
         if grad is not None and counted:
-            mine.append((grad.coalesce().values() if grad.is_sparse else grad).detach().float())
+            mine.append((grad.coalesce().values() if grad.is_sparse else grad).float())
 
     device = get_accelerator().current_device_name()
     square, whole_experts = _square(dense, device), torch.zeros((), device=device)

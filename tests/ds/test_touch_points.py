@@ -19,7 +19,16 @@ PAGE = ROOT / "docs" / "zero_and_checkpoints.md"
 PACKAGE = ROOT / "flashfusemoe_ds"
 _ROW = re.compile(r"^\| `((?:deepspeed|torch)[\w.]*)` \| (.+?) \| (.+?) \|$", re.MULTILINE)
 # Files whose every attribute of an engine or of a DeepSpeed optimizer must be in the table.
-GLUE = ("engine", "engine_overlap", "stage0_overlap", "zero_overlap", "grad_norm", "expert_load")
+GLUE = (
+    "engine",
+    "engine_overlap",
+    "stage0_overlap",
+    "zero_overlap",
+    "grad_norm",
+    "overflow_check",
+    "unfused_step",
+    "expert_load",
+)
 _ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 
 
