@@ -203,6 +203,6 @@ def test_two_ranks_and_their_table(load: Any) -> None:
     assert lines[-2:] == [f"- ZeRO 0, ours: {row['note']}" for row in (unfit, unprofiled)]
 
     _, _, *found = cells(load("seed_report").table(outcome).splitlines()[:5])
-    assert [row[8:14] for row in found] == [
+    assert [row[9:15] for row in found] == [
         ["7.00", "7.00", "0.50", "6.00", "3.00", "3.00"], ["7.00", "7.00", "0.50", "6.00", "3.50", ""], [""] * 6,
     ]  # fmt: skip
