@@ -32,7 +32,7 @@ class HostCopies:
     def start(self, counts: Tensor, after: torch.distributed.Work | None = None) -> HostCopy:
         """Copies what is there after this collective. `counts` must live until the copy has arrived."""
         copy = self._read.pop() if self._read else _like(counts)
-        with self._stream:
+        with torch.cuda.stream(self._stream):
             if after is not None:
                 after.wait()
             copy.values.copy_(counts, non_blocking=True)

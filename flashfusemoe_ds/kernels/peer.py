@@ -77,7 +77,7 @@ class Peers:
         return {"RANK": self.rank, "P": num_ranks, "P2": max(2, next_power_of_2(num_ranks))}
 
     def launch(self, kernel: Any, num_programs: int, *args: Any, num_warps: int = NUM_WARPS, **constants: Any) -> None:
-        with self.stream or contextlib.nullcontext():
+        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             launch(kernel, (num_programs,), *args, **constants, num_warps=num_warps)
 
     @property
