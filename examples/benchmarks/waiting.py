@@ -19,8 +19,8 @@ Limits:
 
 - Why a rank is late does not matter: its host, its compute, or other communication before this one.
 - It takes the ranks of a group to end together. In an all-to-all a rank that receives more than others may end later,
-  and that difference counts as its waiting. Data that reaches an early rank before the last one has started (rings of
-  more than two ranks) counts as waiting too.
+  and that difference counts as its waiting. Data that moves before the last rank has started (in rings of more than
+  two ranks, and into buffers that wait for it) counts as waiting too. So transfer is at least what is said.
 - A reduction or a broadcast with a root can be over on one rank before another has started it. All its time counts as
   transfer.
 - Exchanges through peer memory and DeepEP's are no collectives that a trace names: they are not split.

@@ -47,5 +47,7 @@ class HostCopies:
 
 
 def _like(counts: Tensor) -> HostCopy:
-    values = torch.empty(counts.shape, dtype=counts.dtype, device="cpu", pin_memory=True)
+    # Made in an evaluation it would be an inference tensor, which a training step could not write to.
+    with torch.inference_mode(False):
+        values = torch.empty(counts.shape, dtype=counts.dtype, device="cpu", pin_memory=True)
     return HostCopy(values, torch.cuda.Event())

@@ -24,6 +24,10 @@ from deepspeed.runtime.utils import has_inf_or_nan
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+# torch's norm of many tensors takes 4 bytes of scratch memory for 65,536 elements of the largest, times the number of
+# tensors: so many at a time, alike in size, take 32 MiB where the largest has 2**30 elements.
+MOST_AT_ONCE = 512
+
 
 def check_overflow_at_once(optimizer: Any) -> None:
     """Replaces the check on this optimizer's instance; does nothing where DeepSpeed has none that asks one by one."""
@@ -60,11 +64,13 @@ def any_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
         (sparse if tensor.is_sparse else dense).append(tensor)
     dense = [t for t in dense if t.numel()]  # a maximum over nothing is an error
     answers = [has_inf_or_nan(t) for t in sparse]
-    if dense:
-        answers.insert(0, torch.nn.utils.get_total_norm(dense, norm_type=math.inf).isfinite().logical_not())
+    dense.sort(key=Tensor.numel)
+    for first in range(0, len(dense), MOST_AT_ONCE):
+        some = dense[first : first + MOST_AT_ONCE]
+        answers.append(torch.nn.utils.get_total_norm(some, norm_type=math.inf).isfinite().logical_not())
     if not answers:
         return torch.tensor(False)
-    first, *others = answers
+    found, *others = answers
     for other in others:
-        first = first.logical_or(other.to(first.device))
-    return first
+        found = found.logical_or(other.to(found.device))
+    return found

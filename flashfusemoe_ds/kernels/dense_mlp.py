@@ -89,7 +89,8 @@ class _DenseMLP(torch.autograd.Function):
                 y_TD = F.linear(a_TnF, w_DnF)
             else:
                 ctx.mark_dirty(into_TD)
-                y_TD = into_TD.addmm_(a_TnF, w_DnF.t())
+                # Not addmm_, which DeepSpeed's flops profiler does not see.
+                y_TD = torch.addmm(into_TD, a_TnF, w_DnF.t(), out=into_TD)
         ctx.save_for_backward(x_TD, h_TnH, w_up, w_down)
         ctx.activation = activation
         return y_TD

@@ -191,9 +191,7 @@ class MoELayer(nn.Module):
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         elif self.shared_experts is not None:
-            # What a transport returns is its own: only sums that were made here may be added to in place.
-            own = self.latent_up is not None or self.dispatcher.ep_size == 1
-            y_TD = self.shared_experts(x_TD, y_TD) if own else y_TD + self.shared_experts(x_TD)
+            y_TD = y_TD + self.shared_experts(x_TD)
         return (y_TD if hidden_states.dim() == 2 else y_TD.reshape(hidden_states.shape)), routing.losses
 
     def _on_this_gpu(self, x_TD: Tensor, rows_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -207,7 +205,10 @@ class MoELayer(nn.Module):
         )  # fmt: skip
         if router.counts:
             router.tally(counts_E)
-        return (y_TD if self.shared_experts is None else self.shared_experts(rows_TD, y_TD)), losses
+        if self.shared_experts is not None:
+            # Nobody else has seen these sums yet, so that they may be added to in place.
+            y_TD = self.shared_experts(rows_TD, y_TD)
+        return y_TD, losses
 
     def _routed(
         self, x_TD: Tensor, rows_TD: Tensor, routing: Routing, late: LateGradient | None

@@ -40,13 +40,14 @@ class SharedExperts(nn.Module):
         """[T, D] -> [T, D], in autocast's dtype where that is on.
 
         Args:
-            into_TD: of the result's dtype, contiguous; the result is added to it. Outside of torch.compile's graphs
-                in place, so that nothing else may need its value.
+            into_TD: of the result's dtype, contiguous; the result is added to it, where autograd allows that in place,
+                so that nothing else may need its value.
         """
         up = getattr(self, self.up_name)
+        if into_TD is not None and (torch.compiler.is_compiling() or not _may_change(into_TD)):
+            return into_TD + self.forward(x_TD)
         if torch.compiler.is_compiling():
-            y_TD = self._traced(x_TD, up)
-            return y_TD if into_TD is None else into_TD + y_TD
+            return self._traced(x_TD, up)
         operands = x_TD, up, self.down_proj
         if not x_TD.is_meta:  # which has no autocast
             operands = under_autocast(*operands)
@@ -57,3 +58,9 @@ class SharedExperts(nn.Module):
         h_TnH = F.linear(x_TD, up.flatten(0, 1)).unflatten(1, (up.shape[0], up.shape[1]))
         # One product adds the experts up: its inner dimension runs over all of them.
         return F.linear(self.activation.forward(h_TnH).flatten(1), self.down_proj.transpose(0, 1).flatten(1))
+
+
+def _may_change(t: Tensor) -> bool:
+    """Whether a node of ours may write to it: not to a leaf of the graph, nor to a view, which is what a module's
+    backward hooks make of its inputs."""
+    return not (t._is_view() or (t.is_leaf and t.requires_grad))

@@ -30,3 +30,13 @@ def test_memory_serves_again_once_it_was_read(monkeypatch: pytest.MonkeyPatch) -
     third = copies.start(torch.tensor([[5, 6]]))
     assert log[5:] == ["recorded"] and third.values is first.values
     assert copies.read(second) == [[3, 4]] and copies.read(third) == [[5, 6]]
+
+
+def test_memory_made_in_an_evaluation_serves_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    copies = HostCopies(contextlib.nullcontext())
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            assert copies.read(copies.start(torch.tensor([1, 2]))) == [1, 2]

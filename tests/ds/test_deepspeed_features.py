@@ -16,12 +16,13 @@ import pytest
 import torch
 from deepspeed.moe.layer import MoE as StockMoE
 from deepspeed.moe.utils import has_moe_layers
-from deepspeed.profiling.flops_profiler.profiler import get_module_flops
+from deepspeed.profiling.flops_profiler.profiler import FlopsProfiler, get_module_flops
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import flashfusemoe_ds
 from flashfusemoe_ds import MoE, get_dense_params, replace_moe
+from flashfusemoe_ds.nn.shared import SharedExperts
 from tests.distributed import run_ranks
 from tests.ds import tiny
 from tests.ds.compare import assert_all_near, assert_near
@@ -197,6 +198,25 @@ def test_flops_profiler_counts_the_experts(tmp_path: Path) -> None:
     assert in_moe == pytest.approx(by_arithmetic, rel=0.2)
     assert in_model >= in_moe
     assert "Flops Profiler" in output_file.read_text()
+
+
+def test_flops_profiler_counts_shared_experts() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = SharedExperts(2, 16, 32, "swiglu")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(x, torch.zeros_like(x))
+
+    model, x = Added(), torch.randn(8, 16)
+    profiler = FlopsProfiler(model)
+    profiler.start_profile()
+    model(x)
+    profiler.stop_profile()
+    macs = profiler.get_total_macs()
+    profiler.end_profile()
+    assert macs == sum(p.numel() for p in model.parameters()) * len(x)
 
 
 # --- activation checkpointing -----------------------------------------------------------------------------------

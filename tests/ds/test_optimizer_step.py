@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import flashfusemoe_ds
 from flashfusemoe_ds import MoE
 from flashfusemoe_ds.ds.grad_norm import global_grad_norm
+from flashfusemoe_ds.ds import overflow_check
 from flashfusemoe_ds.ds.overflow_check import any_nonfinite, check_overflow_at_once
 from flashfusemoe_ds.ds.unfused_step import UnfusedStep, copy_all
 from tests.distributed import run_ranks
@@ -78,7 +79,11 @@ def test_one_tensor_is_judged_as_by_deepspeed(dtype: torch.dtype, device: str) -
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_one_broken_tensor_among_many_dtypes_and_layouts_is_found(bad: float, device: str) -> None:
+def test_one_broken_tensor_among_many_dtypes_and_layouts_is_found(
+    bad: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overflow_check, "MOST_AT_ONCE", 4)
+
     def many() -> list[Tensor]:
         dense = [torch.full((5, 2), torch.finfo(d).max, dtype=d, device=device) for d in DTYPES for _ in range(3)]
         # Twice at one place: the sum would overflow, the stored values do not.

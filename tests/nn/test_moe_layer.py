@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -269,6 +270,31 @@ def test_shared_experts_added_to_what_the_kernels_of_cuda_return(monkeypatch: py
     assert results[0][0].grad_fn.name() == "_DenseMLPBackward"
     for actual, expected in zip(*results, strict=True):
         assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"latent_dim": 8}, {"capacity_factor": 2.0, "allow_dropped_tokens": True}])
+def test_hooks_beside_shared_experts_see_what_modules_return(options: dict[str, Any]) -> None:
+    """Backward hooks make a module's inputs views; forward hooks may keep its outputs."""
+    layer = make_layer(num_shared_experts=1, **options)
+    x = torch.randn(12, 16, dtype=torch.float64)
+
+    def gradients() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        return list(torch.autograd.grad(layer(leaf)[0].sin().sum(), [leaf, *layer.parameters()]))
+
+    expected, kept = gradients(), []
+
+    def keep(module: nn.Module, inputs: Any, out: Any) -> None:
+        kept.extend(
+            (t, t.detach().clone()) for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)
+        )
+
+    for module in layer.modules():
+        module.register_full_backward_hook(lambda *_: None)
+        module.register_forward_hook(keep)
+    for a, b in zip(gradients(), expected, strict=True):
+        assert relative_error(a, b) < 1e-13
+    assert kept and all(torch.equal(t, value) for t, value in kept)
 
 
 def test_frozen_experts_get_no_gradient_and_the_rest_does() -> None:
