@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashfusemoe_ds
 from flashfusemoe_ds import MoE
-from flashfusemoe_ds.ds.grad_norm import global_grad_norm
 from flashfusemoe_ds.ds import overflow_check
+from flashfusemoe_ds.ds.grad_norm import global_grad_norm
 from flashfusemoe_ds.ds.overflow_check import any_nonfinite, check_overflow_at_once
 from flashfusemoe_ds.ds.unfused_step import UnfusedStep, copy_all
 from tests.distributed import run_ranks
