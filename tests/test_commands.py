@@ -37,7 +37,7 @@ RUN = {
     "make docs": (CI, "make docs"),
     'pip install -e ".[dev]"': ("setup_env.sh", '-e ".[dev]"'),
     "python -m flashfusemoe_ds.plan --config ds.json --model qwen3/config.json --gpus 8 --ep_size 1 8 "
-    "--sequence_length 4096 --skew 1 1.5 --memory 140": ("tests/test_plan.py", '"-m", "flashfusemoe_ds.plan"'),
+    "--sequence_length 4096 --skew 1 1.5 --memory 140": ("tests/test_plan_command.py", '"-m", "flashfusemoe_ds.plan"'),
     "python -m flashfusemoe_ds.report": ("tests/test_report.py", '"-m", "flashfusemoe_ds.report"'),
     "python -m flashfusemoe_ds.plot_load runs/a --out load.png": ("tests/test_plot_load.py", '"--out"'),
     "python -m flashfusemoe_ds.convert_checkpoint": CONVERT,

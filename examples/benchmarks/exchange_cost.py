@@ -85,13 +85,18 @@ def operations(
 
 
 def slowest_ms(found: Sequence[Operation], device: torch.device, samples: int = SAMPLES) -> list[float]:
-    """Median over samples of the slowest rank's milliseconds of each operation. One sample of each in turn, so that
-    a machine that changes its pace does so for all of them.
+    """`time_calls` of these operations."""
+    return time_calls([each.call for each in found], device, samples)
+
+
+def time_calls(calls: Sequence[Callable[[], object]], device: torch.device, samples: int = SAMPLES) -> list[float]:
+    """Median over samples of the slowest rank's milliseconds of each call. One sample of each in turn, so that a
+    machine that changes its pace does so for all of them.
 
     On CUDA the time is that between two events on the current stream: it has what the device waits for its host.
     """
     token = torch.zeros(1, device=device)
-    times = [[_once_ms(each.call, device, token) for each in found] for _ in range(WARM_UP + samples)]
+    times = [[_once_ms(call, device, token) for call in calls] for _ in range(WARM_UP + samples)]
     slowest = torch.tensor(times[WARM_UP:], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return [median(column) for column in slowest.T.tolist()]

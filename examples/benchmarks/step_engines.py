@@ -15,9 +15,10 @@ entry of CONTENDERS, with 3 among its stages.
 from __future__ import annotations
 
 import os
-import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -32,6 +33,10 @@ from torch import nn
 import flashfusemoe_ds
 from flashfusemoe_ds.config import SECTION, FlashFuseMoEConfig
 from flashfusemoe_ds.ds.engine import check_section
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from lm.launch import be_alone_without_launcher
 
 TUNED_BUCKET = 1 << 25
 
@@ -93,12 +98,7 @@ def world_size() -> int:
 
 def join() -> torch.device:
     """Joins the launcher's other processes, over NCCL or, without GPUs, gloo; returns this process's device."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+    be_alone_without_launcher()
     # On CPUs DeepSpeed would first compile a shared-memory all-reduce, and fail without a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator, local_rank = get_accelerator(), int(os.environ.get("LOCAL_RANK", "0"))

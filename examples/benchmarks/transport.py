@@ -17,12 +17,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.distributed as dist
+from exchange_cost import time_calls
 from torch import Tensor
 
 from flashfusemoe_ds.config import FlashFuseMoEConfig
@@ -88,22 +88,9 @@ def make(backend: str, num_sms: int, args: argparse.Namespace) -> Dispatcher:
 
 
 def slowest_us(work: Callable[[], object], samples: int, per_sample: int = 1) -> float:
-    """Median over samples of the slowest rank's time between two events around `work`."""
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
-    token = torch.zeros(1, device="cuda")
-    for _ in range(3):
-        work()
-    for start, end in events:
-        torch.cuda.synchronize()
-        torch.cuda._sleep(500_000)  # a quarter of a millisecond for the host to get ahead, where nothing stops it
-        dist.all_reduce(token)  # the streams of all ranks leave it at about the same time
-        start.record()
-        work()
-        end.record()
-    torch.cuda.synchronize()
-    times = torch.tensor([start.elapsed_time(end) for start, end in events], device="cuda")
-    dist.all_reduce(times, dist.ReduceOp.MAX)
-    return 1e3 * median(times.tolist()) / per_sample
+    """Median over samples of the slowest rank's time."""
+    (ms,) = time_calls([work], torch.device("cuda"), samples)
+    return 1e3 * ms / per_sample
 
 
 def check(dispatcher: Dispatcher, data: Data) -> None:

@@ -16,12 +16,7 @@ def start_deepspeed() -> None:
     """Join the other ranks, or be the only one when no launcher started this process."""
     import deepspeed  # not at the top: the examples in plain PyTorch do without it
 
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+    be_alone_without_launcher()
     _share_cores()
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has since renamed: nothing a user of this script could act on.
@@ -42,6 +37,16 @@ def start_torch() -> torch.device:
     if "RANK" in os.environ:
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     return device
+
+
+def be_alone_without_launcher() -> None:
+    """Sets what a launcher would have set, for one process on a free port, if none did."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
 
 
 def stop() -> None:

@@ -188,10 +188,8 @@ class MoELayer(nn.Module):
             y_TD, shared_TD = self._routed(x_TD, rows_TD, routing, late)
         if self.latent_up is not None:
             y_TD = self.latent_up(y_TD)
-        if shared_TD is not None:
-            y_TD = y_TD + shared_TD
-        elif self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
+        if self.shared_experts is not None:
+            y_TD = y_TD + (self.shared_experts(x_TD) if shared_TD is None else shared_TD)
         return (y_TD if hidden_states.dim() == 2 else y_TD.reshape(hidden_states.shape)), routing.losses
 
     def _on_this_gpu(self, x_TD: Tensor, rows_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

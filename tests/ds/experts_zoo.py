@@ -49,6 +49,19 @@ class PackedGatedMLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+class InterleavedMLP(nn.Module):
+    """One Linear with up and gate rows in turn, and biases."""
+
+    def __init__(self, d_model: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(ffn_dim, d_model)  # registered first: then the stacked order is another
+        self.both = nn.Linear(d_model, 2 * ffn_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.both(x)
+        return self.down(h[..., 0::2] * F.silu(h[..., 1::2]))
+
+
 class CustomExpert(nn.Module):
     """No plain MLP: normalises first and returns (output, bias), of which DeepSpeed uses the output alone."""
 

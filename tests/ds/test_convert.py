@@ -32,23 +32,18 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as StockMoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import flashfusemoe_ds
 from flashfusemoe_ds import MoE
 from flashfusemoe_ds.convert_checkpoint import main
 from flashfusemoe_ds.ds.checkpoint import LAYOUT_FILE, guard_checkpoints, write_layout
 from flashfusemoe_ds.ds.convert import convert_checkpoint, files
-from flashfusemoe_ds.ds.convert.flat import FlatLayout, aligned_gaps, round_robin, undo_round_robin
-from flashfusemoe_ds.ds.convert.groups import Arrangement, ExpertParam, cut, join
-from flashfusemoe_ds.ds.convert.layers import MoELayerExperts, stack_one, unstack_one
-from flashfusemoe_ds.ds.expert_layout import ACTIVATIONS, PACKINGS, ExpertLayout, recognise
 from flashfusemoe_ds.ds.fused_experts import FusedExperts
 from tests.distributed import run_ranks
 from tests.ds import experts_zoo, tiny
+from tests.ds.differences import differences
 
 ROOT = Path(__file__).parent.parent.parent
 STAGES = (0, 1, 2)
@@ -148,26 +143,14 @@ def test_losses_continue(resumed: Any, stage: int) -> None:
 # --- every kind of optimizer file, read off the engines ---------------------------------------------------------
 
 
-class InterleavedMLP(nn.Module):
-    """One Linear with up and gate rows in turn, and biases."""
-
-    def __init__(self, d_model: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(ffn_dim, d_model)  # registered first: then the stacked order is another
-        self.both = nn.Linear(d_model, 2 * ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.both(x)
-        return self.down(h[..., 0::2] * F.silu(h[..., 1::2]))
-
-
 class Zoo(nn.Module):
     """A layer of packed experts (8, with a residual MLP), one that is not fused (4), one plain (4); odd sizes."""
 
     def __init__(self, moe_class: type[nn.Module], ep_size: int) -> None:
         super().__init__()
         self.embed = nn.Linear(tiny.D_IN, 8)
-        experts = InterleavedMLP(8, 8), experts_zoo.CustomExpert(8, 5), experts_zoo.PlainMLP(8, 12, nn.ReLU(), False)
+        plain = experts_zoo.PlainMLP(8, 12, nn.ReLU(), False)
+        experts = experts_zoo.InterleavedMLP(8, 8), experts_zoo.CustomExpert(8, 5), plain
         self.moe_a = moe_class(8, experts[0], num_experts=8, ep_size=ep_size, k=2, use_residual=True)
         self.moe_b = moe_class(8, experts[1], num_experts=4, ep_size=ep_size, k=2)
         self.moe_c = moe_class(8, experts[2], num_experts=4, ep_size=ep_size, k=2)
@@ -426,34 +409,11 @@ def test_files_are_those_that_an_engine_writes(cases: Any, name: str) -> None:
         for path in one.glob("*.pt"):
             # What frozen experts leave out is said in ds/convert/model_file.py; the config is the engine's own.
             skip = ("ds_config", *(("frozen_param_shapes", "frozen_param_fragments") if "frozen" in name else ()))
-            assert list(_differences(_load(path), _load(other / path.name), skip)) == [], path
+            assert list(differences(_load(path), _load(other / path.name), skip)) == [], path
 
 
 def _load(path: Path) -> Any:
     return torch.load(path, weights_only=False)
-
-
-def _differences(a: Any, b: Any, skip: tuple[str, ...], where: str = "") -> Iterator[str]:
-    """To the bit, types and all."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.dtype != b.dtype or not torch.equal(a, b):
-            yield f"{where}: tensors"
-    elif type(a) is not type(b):
-        yield f"{where}: {type(a)} and {type(b)}"
-    elif isinstance(a, dict):
-        if set(a) != set(b):
-            yield f"{where}: {sorted(map(str, set(a) ^ set(b)))}"
-        for key in (a.keys() & b.keys()) - set(skip):
-            yield from _differences(a[key], b[key], skip, f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            yield f"{where}: lengths {len(a)} and {len(b)}"
-        for i, pair in enumerate(zip(a, b, strict=False)):
-            yield from _differences(*pair, skip, f"{where}/{i}")
-    elif hasattr(a, "__dict__") and not isinstance(a, int):
-        yield from _differences(vars(a), vars(b), skip, where)
-    elif a != b:
-        yield f"{where}: {a!r} and {b!r}"
 
 
 # --- refusals, and what a conversion leaves behind --------------------------------------------------------------
@@ -625,7 +585,7 @@ def test_the_commands_of_the_docs(resumed: Any, tmp_path: Path, monkeypatch: pyt
     assert main(second[3:]) == 0
     again = tmp_path / "runs" / "stock_again" / "global_step5"
     for path in (tmp_path / "runs" / "stock" / "global_step5").glob("*.pt"):
-        assert list(_differences(_load(path), _load(again / path.name), ())) == [], path
+        assert list(differences(_load(path), _load(again / path.name), ())) == [], path
 
 
 @pytest.mark.slow
@@ -733,118 +693,3 @@ def _guarded(rank: int, world_size: int, folder: str) -> str:
     except ValueError as error:
         return str(error)
     return "nothing"
-
-
-# --- the pieces -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_partitions", [1, 2, 3, 4])
-@pytest.mark.parametrize("multiple", [1, 8])
-def test_flat_layout(num_partitions: int, multiple: int) -> None:
-    numels = (5, 8, 1, 30, 2)
-    layout = FlatLayout(numels, aligned_gaps(numels, multiple), num_partitions, 2 * num_partitions)
-    tensors = [torch.rand(n) + 1 for n in numels]
-    buffer = layout.flatten(tensors)
-    assert buffer.numel() == layout.total and layout.total % (2 * num_partitions) == 0
-    assert all(offset % multiple == 0 for offset in layout.offsets)
-    partitions = [layout.partition(buffer, i) for i in range(num_partitions)]
-    assert torch.equal(torch.cat(partitions), buffer)
-    cut_off = [p[: p.numel() - layout.padding(i)] for i, p in enumerate(partitions)]
-    assert sum(p.numel() for p in cut_off) == layout.used
-    for offset, tensor in zip(layout.offsets, tensors, strict=True):
-        assert torch.equal(layout.read(cut_off, offset, tensor.numel()), tensor)
-    found = torch.cat([partitions[i][s : s + n] for i in range(num_partitions) for _, s, n in layout.fragments(i)])
-    assert torch.equal(found, torch.cat(tensors))
-
-
-def test_loss_scalers_are_read(tmp_path: Path) -> None:
-    scalers = [LossScaler(128.0), DynamicLossScaler(2.0**16, 1000, 1, 2, False)]
-    torch.save(scalers, tmp_path / "scalers.pt")
-    torch.save(scalers, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    for name in ("scalers.pt", "old.pt"):
-        assert list(_differences(files.read(tmp_path / name), scalers, ())) == []
-
-
-class Harmful:
-    def __reduce__(self) -> Any:
-        return os.system, ("exit 1",)
-
-
-@pytest.mark.parametrize("new_format", [True, False])
-def test_nothing_in_a_file_is_run(tmp_path: Path, new_format: bool) -> None:
-    torch.save({"module": Harmful()}, tmp_path / "file.pt", _use_new_zipfile_serialization=new_format)
-    with mock.patch("os.system") as system, pytest.raises(ValueError, match="system"):
-        files.read(tmp_path / "file.pt")
-    assert not system.called
-
-
-@pytest.mark.parametrize("length", [0, 1, 4, 7, 9])
-def test_round_robin(length: int) -> None:
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    items = list(range(length))
-    for ranks in (1, 2, 4):
-        ordered = round_robin(items, ranks)
-        assert ordered == DeepSpeedZeroOptimizer._round_robin_reorder(None, items, ranks)[0]
-        assert undo_round_robin(ordered, ranks) == items
-
-
-@pytest.mark.parametrize("limit", [1, 64, 130, 200, 385, 10_000])
-def test_groups_are_cut_as_deepspeed_cuts_them(limit: int) -> None:
-    shapes = {"a": torch.Size((8, 8)), "b": torch.Size((8,)), "c": torch.Size((8, 16))}
-    layer = MoELayerExperts("moe", 6, shapes, torch.float32, None)
-    arrangement = Arrangement((layer,), (False,), 2)
-    params = arrangement.expand([(0, tuple(shapes))])
-    stock = []
-    for param in params:
-        stock.append(nn.Parameter(torch.empty(arrangement.shape(param))))
-        stock[-1].allreduce, stock[-1].group_name = False, "ep_size_2"
-    made = split_params_into_different_moe_groups_for_optimizer({"params": stock, "name": "x"}, max_group_size=limit)
-    expected = [len(group["params"]) for group in made if group["params"]]
-    groups_cut = cut(params, arrangement, limit)
-    assert [len(group) for group in groups_cut] == expected
-    options = [{"moe": True, "lr": 1}] * len(groups_cut)
-    sizes = [[arrangement.shape(p).numel() for p in group] for group in groups_cut]
-    assert join(options, sizes, limit) == [list(range(len(groups_cut)))]
-    assert arrangement.condense([p for group in groups_cut for p in group]) == [(0, tuple(shapes))]
-    assert arrangement.condense(params[::-1]) is None
-
-
-def test_groups_of_other_options_are_not_joined() -> None:
-    options = [{}, {"moe": True, "lr": 1}, {"moe": True, "lr": 2}, {"moe": True, "lr": 2}, {"moe": True, "lr": 2}]
-    assert join(options, [[5], [9], [9, 2], [2, 9], [8]], 10) == [[1], [2, 3, 4]]
-    assert join(options, [[5], [9], [9], [1], [8]], 10) == [[1], [2], [3], [4]]
-
-
-@pytest.mark.parametrize("bias", [(False, False), (True, True), (True, False)])
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_one_stacked_parameter_at_a_time(packing: str, bias: tuple[bool, bool]) -> None:
-    leaves = ("up.weight", *["up.bias"] * bias[0], "down.weight", *["down.bias"] * bias[1])
-    layout = ExpertLayout("swiglu", ("up",), "down", packing, bias, leaves)
-    shapes = {"up.weight": (12, 4), "up.bias": (12,), "down.weight": (4, 6), "down.bias": (4,)}
-    own = {leaf: torch.rand(shapes[leaf]) for leaf in leaves}
-    stacked = layout.stack(own)
-    for name, parts in layout.sources().items():
-        row = stack_one(layout, name, {part: own[part] for part in parts})
-        assert torch.equal(row, stacked[name])
-        back = unstack_one(layout, name, row)
-        assert set(back) == set(parts) and all(torch.equal(back[part], own[part]) for part in parts)
-
-
-@pytest.mark.parametrize("expert", ["relu_bias", "swiglu", "swiglu_packed", "interleaved"])
-def test_stacked_parameters_are_in_the_modules_order(expert: str) -> None:
-    make = experts_zoo.EXPERTS.get(expert, InterleavedMLP)
-    modules = [make(8, 12) for _ in range(2)]
-    layout, reason = recognise(modules, 8)
-    assert layout is not None, reason
-    shapes = {name: p.shape for name, p in modules[0].named_parameters()}
-    layer = MoELayerExperts("moe", 2, shapes, torch.float32, layout)
-    fused = FusedExperts(modules, layout)
-    assert layer.stacked_shapes() == {name: p.shape[1:] for name, p in fused.named_parameters()}
-    assert list(layer.stacked_shapes()) == [name for name, _ in fused.named_parameters()]
-    arrangement = Arrangement((layer,), (True,), 1)
-    for name, p in fused.named_parameters():
-        param = arrangement.param(f"moe.deepspeed_moe.experts.{name}")
-        assert param == ExpertParam(0, None, name) and arrangement.shape(param) == p.shape
-    assert arrangement.param("moe.deepspeed_moe.gate.wg.weight") is None
-    assert layout.activation in ACTIVATIONS
