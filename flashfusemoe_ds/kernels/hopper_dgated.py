@@ -2,11 +2,13 @@
 """Hopper kernel dgated: dA = dY W_down, and from dA and H everything that follows from it: dH, A and dS.
 
 Tiles and producer are those of hopper_rows.py, whose rows are sorted routes. What is its own is the epilogue, which
-reads two numbers and writes three for every one that was summed. See hopper_pipeline.py for partitions and barriers.
+reads two numbers and writes three for every one that was summed. What it reads, H, comes through the ring too, in four
+stages behind a tile's products. See hopper_pipeline.py for partitions and barriers.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashfusemoe_ds.kernels.hopper_pipeline import (
     BLOCK_K,
@@ -22,6 +24,7 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
     curve_and_slope,
     make_barriers,
     multiply,
+    reinterpret,
 )
 from flashfusemoe_ds.kernels.hopper_rows import place, produce, read_tile, route_weights
 
@@ -30,22 +33,11 @@ SLICE_N = gl.constexpr(64)
 
 
 @gluon.jit
-def load_h(h, offsets, partner, mask, GATED: gl.constexpr):
-    """A slice of H and, if gated, of its partner columns."""
-    g = gl.load(h + offsets, mask=mask, other=0.0)
-    u = g
-    if GATED:
-        u = gl.load(h + partner + offsets, mask=mask, other=0.0)
-    return g, u
-
-
-@gluon.jit
 def finish_slice(
     buffer,
-    g,
-    u,
+    g_block,
+    u_block,
     weight,
-    h,
     dh,
     a,
     h_offsets,
@@ -56,40 +48,35 @@ def finish_slice(
     stop,
     columns,
     left,
+    HALF: gl.constexpr,
     INDEX: gl.constexpr,
     CURVE: gl.constexpr,
     GATED: gl.constexpr,
 ):
-    """Stores dH and A of 16 rows of a [64, 64] block, of which g and u are H. Returns the rows' share of dS, and the
-    H of the slice to come: the next 16 rows, or the next block's first.
+    """Stores dH and A of 16 rows of a [64, 64] block, whose H are rows of a stage. Returns the rows' share of dS.
 
     The slices of a block are INDEX = 0 to 3; `left` columns of the tile are left from this block on.
     """
     dtype: gl.constexpr = a.dtype.element_ty
-    if INDEX + 1 < HALF_M // SLICE_M:
-        mask = (rows + (INDEX + 1) * SLICE_M < stop)[:, None] & (columns < left)[None, :]
-        next_g, next_u = load_h(h + (INDEX + 1) * SLICE_M * width, h_offsets, F, mask, GATED)
-    else:
-        mask = (rows < stop)[:, None] & (columns < left - SLICE_N)[None, :]
-        next_g, next_u = load_h(h + SLICE_N, h_offsets, F, mask, GATED)
-
     mask = (rows + INDEX * SLICE_M < stop)[:, None] & (columns < left)[None, :]
+    g = g_block.slice(HALF * HALF_M + INDEX * SLICE_M, SLICE_M, 0).load(NARROW).to(gl.float32)
     da = buffer.slice(INDEX * SLICE_M, SLICE_M, 0).load(NARROW).to(gl.float32)
-    value, slope = curve_and_slope(g.to(gl.float32), CURVE)
+    value, slope = curve_and_slope(g, CURVE)
     if GATED:
-        up = u.to(gl.float32)
+        up = u_block.slice(HALF * HALF_M + INDEX * SLICE_M, SLICE_M, 0).load(NARROW).to(gl.float32)
         act = value * up
         slope = slope * up
     else:
         act = value
-    ds = gl.sum(da * act, 1)
+    # Where there is no H, TMA has left zeros, or another expert's rows.
+    ds = gl.sum(gl.where(mask, da * act, 0.0), 1)
     gl.store(a + INDEX * SLICE_M * F + a_offsets, (act * weight[:, None]).to(dtype), mask=mask)
     da = da * weight[:, None]
     dh_slice = dh + INDEX * SLICE_M * width + h_offsets
     gl.store(dh_slice, (da * slope).to(dtype), mask=mask)
     if GATED:
         gl.store(dh_slice + F, (da * value).to(dtype), mask=mask)
-    return ds, next_g, next_u
+    return ds
 
 
 @gluon.jit
@@ -103,7 +90,6 @@ def consume_dgated(
     route_N,
     tiles_M4,
     num_tiles_1,
-    h,
     dh,
     a,
     ds_PN,
@@ -118,10 +104,11 @@ def consume_dgated(
     """One half of every tile: dA = dY W_down, then slice by slice of 16 x 64 what H makes of it.
 
     The epilogue is loops, not unrolled code: unrolled for all slices of both halves it missed the instruction cache,
-    and dgated took 1.57 ms where this takes 0.86 (qwen3's shape). A slice's H is loaded one slice ahead, the first one
-    before the products. 32 rows a slice are as fast, and spill.
+    and dgated took 1.57 ms where this takes 0.86 (qwen3's shape). H comes through the ring, in the stages behind the
+    products': loaded by the consumers, one slice ahead, it cost 7 to 16 %. 32 rows a slice are as fast, and spill.
     """
     dtype: gl.constexpr = a.dtype.element_ty
+    h_ring = reinterpret(b_ring, b_ring.dtype, [2 * STAGES, BLOCK_M, BLOCK_K], SWIZZLED)
     num_tiles = gl.load(num_tiles_1)
     rows = HALF * HALF_M + gl.arange(0, SLICE_M, gl.SliceLayout(1, NARROW))
     columns = gl.arange(0, SLICE_N, gl.SliceLayout(0, NARROW))
@@ -138,16 +125,14 @@ def consume_dgated(
         stop = end - row
         col0 = n * (2 * BLOCK_N)
         left = gl.minimum(F - col0, 2 * BLOCK_N)
-        h_tile = h + row.to(gl.int64) * width + col0
         dh_tile = dh + row.to(gl.int64) * width + col0
         a_tile = a + row.to(gl.int64) * F + col0
         weight0 = route_weights(weight_RK, route_N + row, rows, stop)
         weight1 = route_weights(weight_RK, route_N + row, rows + SLICE_M, stop)
         weight2 = route_weights(weight_RK, route_N + row, rows + 2 * SLICE_M, stop)
         weight3 = route_weights(weight_RK, route_N + row, rows + 3 * SLICE_M, stop)
-        g, u = load_h(h_tile, ho, F, (rows < stop)[:, None] & (columns < left)[None, :], GATED)
         _, start, end, base = read_tile(tiles_M4, t + gl.num_programs(0), num_tiles, column_tiles)
-        acc0, acc1, step = multiply(a_ring, b_ring, full, empty, step, gl.cdiv(D, BLOCK_K), HALF, False, False, True)
+        acc0, acc1, step = multiply(a_ring, b_ring, full, empty, step, gl.cdiv(D, BLOCK_K), HALF, False, False, False)
 
         ds0 = gl.zeros((SLICE_M,), gl.float32, gl.SliceLayout(1, NARROW))
         ds1 = ds0
@@ -159,25 +144,26 @@ def consume_dgated(
             buffers.index(2 * HALF + 1).store(right_part.to(dtype))
             for c in range(2):
                 off = (2 * half + c) * SLICE_N
+                s = step % STAGES
+                mbarrier.wait(full.index(s), (step // STAGES) & 1)
                 b = buffers.index(2 * HALF + c)
-                hp = h_tile + off
+                g = h_ring.index(2 * s)
+                u = h_ring.index(2 * s + 1)
                 dp = dh_tile + off
                 ap = a_tile + off
                 rest = left - off
                 # fmt: off
-                ds, g, u = finish_slice(b, g, u, weight0, hp, dp, ap, ho, ao, width, F, rows, stop, columns, rest, 0,
-                                        CURVE, GATED)
-                ds0 += ds
-                ds, g, u = finish_slice(b, g, u, weight1, hp, dp, ap, ho, ao, width, F, rows, stop, columns, rest, 1,
-                                        CURVE, GATED)
-                ds1 += ds
-                ds, g, u = finish_slice(b, g, u, weight2, hp, dp, ap, ho, ao, width, F, rows, stop, columns, rest, 2,
-                                        CURVE, GATED)
-                ds2 += ds
-                ds, g, u = finish_slice(b, g, u, weight3, hp, dp, ap, ho, ao, width, F, rows, stop, columns, rest, 3,
-                                        CURVE, GATED)
-                ds3 += ds
+                ds0 += finish_slice(b, g, u, weight0, dp, ap, ho, ao, width, F, rows, stop, columns, rest, HALF, 0,
+                                    CURVE, GATED)
+                ds1 += finish_slice(b, g, u, weight1, dp, ap, ho, ao, width, F, rows, stop, columns, rest, HALF, 1,
+                                    CURVE, GATED)
+                ds2 += finish_slice(b, g, u, weight2, dp, ap, ho, ao, width, F, rows, stop, columns, rest, HALF, 2,
+                                    CURVE, GATED)
+                ds3 += finish_slice(b, g, u, weight3, dp, ap, ho, ao, width, F, rows, stop, columns, rest, HALF, 3,
+                                    CURVE, GATED)
                 # fmt: on
+                mbarrier.arrive(empty.index(s))
+                step += 1
             acc0 = acc1
         ds_tile = ds_PN + n.to(gl.int64) * num_routes + row
         gl.store(ds_tile + rows, ds0, mask=rows < stop)
@@ -195,7 +181,7 @@ def dgated_kernel(
     route_N,
     tiles_M4,
     num_tiles_1,
-    h,
+    h_desc,
     dh,
     a,
     ds_PN,
@@ -219,14 +205,14 @@ def dgated_kernel(
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], SWIZZLED)
     b_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_N], SWIZZLED)
     buffers = gl.allocate_shared_memory(dtype, [4, HALF_M, SLICE_N], SWIZZLED)
-    full, empty = make_barriers(129)
+    full, empty = make_barriers(2)
     # fmt: off
     gl.warp_specialize([
-        (consume_dgated, (a_ring, b_ring, buffers, full, empty, weight_RK, route_N, tiles_M4, num_tiles_1, h, dh, a,
+        (consume_dgated, (a_ring, b_ring, buffers, full, empty, weight_RK, route_N, tiles_M4, num_tiles_1, dh, a,
                           ds_PN, num_routes, column_tiles, D, F, 0, CURVE, GATED)),
-        (consume_dgated, (a_ring, b_ring, buffers, full, empty, weight_RK, route_N, tiles_M4, num_tiles_1, h, dh, a,
+        (consume_dgated, (a_ring, b_ring, buffers, full, empty, weight_RK, route_N, tiles_M4, num_tiles_1, dh, a,
                           ds_PN, num_routes, column_tiles, D, F, 1, CURVE, GATED)),
         (produce, (dout_RD, w_desc, w_desc, row_N, tiles_M4, num_tiles_1, a_ring, b_ring, full, empty, column_tiles, D,
-                   D, 0, True, False, False, False, True)),
+                   D, F, True, False, False, False, True, h_desc, 2 if GATED else 1)),
     ], [4, 4], [CONSUMER_REGS, PRODUCER_REGS])
     # fmt: on

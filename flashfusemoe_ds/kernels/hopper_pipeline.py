@@ -7,7 +7,7 @@ A program is three partitions of four warps each, and runs one per multiprocesso
                 cp.async for rows that are gathered
     consumers   two, each multiplying its half of the tile's rows with wgmma and finishing its half by itself
 
-`full[s]` counts what a stage waits for (TMA's bytes, and 128 cp.async threads where rows are gathered); `empty[s]`
+`full[s]` counts what a stage waits for (TMA's bytes, and the producer's cp.async where rows are gathered); `empty[s]`
 waits for both consumers. The halves drift apart by up to STAGES steps, so one finishes a tile while the other still
 multiplies, and the producer is already loading the next tile for both.
 
@@ -129,6 +129,28 @@ def wait_empty(empty, step):
 
 
 @gluon.jit
+def publish(full, step):
+    """The producer's word that the cp.async of the stage before `step` have landed, so that wgmma may read them: one
+    of the arrivals that complete that stage. What was copied for `step` may still be under way.
+
+    The fence is here and not with the consumers (FENCE of multiply), whose MEMBARs would wait for all of their own
+    loads and stores: up takes 2 to 4 % less.
+    """
+    async_copy.commit_group()
+    async_copy.wait_group(1)
+    fence_async_shared()
+    mbarrier.arrive(full.index((step + STAGES - 1) % STAGES), pred=step > 0)
+
+
+@gluon.jit
+def publish_last(full, step):
+    """As publish, after the last step, for which it counts too."""
+    async_copy.wait_group(0)
+    fence_async_shared()
+    mbarrier.arrive(full.index((step + STAGES - 1) % STAGES), pred=step > 0)
+
+
+@gluon.jit
 def multiply(
     narrow,
     wide,
@@ -147,7 +169,7 @@ def multiply(
     narrow is A, one block of 128 rows a stage, [STAGES, 128, 64], or [STAGES, 64, 128] if A_TRANSPOSED; wide is B, two
     blocks of 128 columns a stage, [2 * STAGES, 128, 64] if B_TRANSPOSED, else [2 * STAGES, 64, 128]. The two blocks
     are one operand of wgmma: it reads A once for 256 columns, not twice for 128 each.
-    FENCE: cp.async wrote part of a stage, which wgmma must be told.
+    FENCE: cp.async wrote part of a stage, which wgmma must be told, and the producer does not (publish).
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
     if B_TRANSPOSED:

@@ -201,7 +201,7 @@ class HopperProducts(TritonProducts):
             order.route_N,
             order.tiles_M4,
             order.num_tiles_1,
-            h_NH,
+            _descriptor(h_NH, _TALL),
             dh_NH,
             a_NF,
             ds_PN,

@@ -9,7 +9,6 @@ for the partitions and barriers.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from flashfusemoe_ds.kernels.hopper_pipeline import (
@@ -29,6 +28,9 @@ from flashfusemoe_ds.kernels.hopper_pipeline import (
     grouped,
     make_barriers,
     multiply,
+    publish,
+    publish_last,
+    reinterpret,
     store_block,
     through_shared,
     tma_load,
@@ -82,12 +84,18 @@ def produce(
     PAIRED: gl.constexpr,
     APART: gl.constexpr,
     EVEN_K: gl.constexpr,
+    h_desc=None,
+    H_HALVES: gl.constexpr = 0,
 ):
     """Loads A's rows and two blocks of W for every step of every tile of this program.
 
     PAIRED: the second block is `second` rows of W after the first; otherwise the next 128 rows, or columns.
+    H_HALVES: after a tile's steps come four stages with its H in W's place, [128, 64] each; with 2 two a stage,
+    which is gated: the columns `second` after the first's.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    if H_HALVES:
+        h_ring = reinterpret(b_ring, b_ring.dtype, [2 * STAGES, BLOCK_M, BLOCK_K], SWIZZLED)
     num_tiles = gl.load(num_tiles_1)
     rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
     columns = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
@@ -136,9 +144,21 @@ def produce(
                 else:
                     mask = ok[:, None] & (k + columns < K)[None, :]
                 cp_async(a_ring.index(s), a_ptrs, mask)
-                async_copy.mbarrier_arrive(ready, increment_count=False)
+                publish(full, step)
                 a_ptrs += BLOCK_K
             step += 1
+        if H_HALVES:
+            for column in range(n0, n0 + 2 * BLOCK_N, BLOCK_K):
+                s = wait_empty(empty, step)
+                ready = full.index(s)
+                mbarrier.expect(ready, H_HALVES * BLOCK_M * BLOCK_K * 2)
+                tma_load(h_desc, [row, column], ready, h_ring.index(2 * s))
+                if H_HALVES == 2:
+                    tma_load(h_desc, [row, second + column], ready, h_ring.index(2 * s + 1))
+                publish(full, step)
+                step += 1
+    if GATHER:
+        publish_last(full, step)
 
 
 @gluon.jit
@@ -199,7 +219,7 @@ def consume_rows(
             weight = route_weights(weight_RK, route_N + row, mma_rows, stop)
         expert, start, end, base = read_tile(tiles_M4, t + gl.num_programs(0), num_tiles, column_tiles)
         acc0, acc1, step = multiply(
-            a_ring, b_ring, full, empty, step, gl.cdiv(K, BLOCK_K), HALF, False, W_TRANSPOSED, GATHER
+            a_ring, b_ring, full, empty, step, gl.cdiv(K, BLOCK_K), HALF, False, W_TRANSPOSED, False
         )
 
         if PAIRED:
@@ -327,7 +347,7 @@ def rows_kernel(
     else:
         b_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_N], SWIZZLED)
     buffers = gl.allocate_shared_memory(dtype, [2, HALF_M, BLOCK_N], SWIZZLED)
-    full, empty = make_barriers(129 if GATHER else 1)
+    full, empty = make_barriers(2 if GATHER else 1)
     # fmt: off
     gl.warp_specialize([
         (consume_rows, (a_ring, b_ring, buffers.index(0), full, empty, bias, weight_RK, route_N, tiles_M4, num_tiles_1,
