@@ -301,7 +301,7 @@ class FusedGroupedExperts(StockGroupedExperts):
     def prepare(self, x_TD: Tensor) -> Tensor:
         """The rows to dispatch, in the dtype of the products. ValueError for what these cannot take: here, before any
         rank waits for another."""
-        (x_TD,) = under_autocast(x_TD)
+        x_TD = under_autocast(x_TD)
         self._products(x_TD)
         return x_TD
 
@@ -312,10 +312,8 @@ class FusedGroupedExperts(StockGroupedExperts):
 
     def operands(self, x: Tensor) -> tuple[tuple[UpWeights, Tensor, None, None], ExpertProducts]:
         """What the experts stage takes beside the rows `x`: (w_up, w_down, b_up, b_down), and the backend. Gate and up
-        stay where they are, two tensors."""
-        # Stock, too, computes in the input's dtype whatever the parameters'.
-        w1, w2, w3 = (w.to(x.dtype) for w in (self.w1, self.w2, self.w3))
-        return ((w1, w3), w2, None, None), self._products(x)
+        stay where they are, two tensors. They are computed in x's dtype whatever theirs, as by stock."""
+        return ((self.w1, self.w3), self.w2, None, None), self._products(x)
 
     def forward(
         self,

@@ -41,7 +41,7 @@ from flashfusemoe_ds.kernels.grouped_gemm import TorchGroupedGemm
 from flashfusemoe_ds.kernels.products import ExpertProducts
 from flashfusemoe_ds.kernels.select import check_gemm_backend, select_products
 from flashfusemoe_ds.nn.checks import check_hidden
-from flashfusemoe_ds.nn.experts import under_autocast
+from flashfusemoe_ds.nn.experts import dtype_under_autocast
 
 NAME = "flashfusemoe"
 TRANSFORMERS_FROM = (5, 7)  # 5.6 lets a model take only names that it has itself
@@ -100,9 +100,7 @@ def experts_forward(
     weights = _Weights.of(module)
     _check_module(module, weights)
     _check_operands(module, weights, hidden_states, top_k_index, top_k_weights)
-    x_TD, *cast = under_autocast(hidden_states, *weights)
-    weights = _Weights(*cast)
-    x_TD = x_TD.to(weights.down.dtype)  # as Transformers' own grouped_mm does
+    x_TD = hidden_states.to(dtype_under_autocast(weights.down))  # as Transformers' own grouped_mm does
     weight_TK = top_k_weights.to(torch.float64 if x_TD.dtype is torch.float64 else torch.float32)
     num_experts = weights.down.shape[0]
     idx_TK = top_k_index.masked_fill((top_k_index < 0) | (top_k_index >= num_experts), -1)

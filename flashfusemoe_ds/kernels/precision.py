@@ -23,6 +23,11 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None
     return contextlib.nullcontext()  # 10 us cheaper, four times a step
 
 
+def cast_to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in this dtype, without a copy of those that are."""
+    return tuple(t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors)
+
+
 def mm32(a: Tensor, b: Tensor) -> Tensor:
     """Product of 16-bit matrices accumulated and returned in float32."""
     if a.is_cuda and a.numel() and b.numel():

@@ -22,20 +22,16 @@ from flashfusemoe_ds.types import Dispatched
 
 
 def dtype_under_autocast(t: Tensor) -> torch.dtype:
-    """The dtype that `under_autocast` gives the tensor."""
+    """Autocast's dtype where that is on, the tensor's own where it is off or float64: as torch's products have it."""
     device = t.device.type
     if t.dtype is torch.float64 or not torch.is_autocast_enabled(device):
         return t.dtype
     return torch.get_autocast_dtype(device)
 
 
-def under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where autocast is on, but for float64: as torch's own matrix products do."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors)
+def under_autocast(t: Tensor) -> Tensor:
+    """The tensor in that dtype. Parameters stay as they are: the experts' node casts them, and keeps no copies."""
+    return t.to(dtype_under_autocast(t))
 
 
 class GroupedExperts(nn.Module):
@@ -108,7 +104,7 @@ class GroupedExperts(nn.Module):
     def prepare(self, x_TD: Tensor) -> Tensor:
         """The rows to dispatch, in the dtype the experts compute in. ValueError for what they cannot take: here,
         before any rank waits for another."""
-        (x_TD,) = under_autocast(x_TD)
+        x_TD = under_autocast(x_TD)
         dtype = dtype_under_autocast(self.down_proj)
         if x_TD.dtype != dtype:
             raise ValueError(f"input is {x_TD.dtype}, the experts' parameters {dtype}; cast one or use autocast")
@@ -117,10 +113,8 @@ class GroupedExperts(nn.Module):
 
     def operands(self, x: Tensor) -> tuple[tuple[UpWeights, Tensor, Tensor | None, Tensor | None], ExpertProducts]:
         """What the experts stage takes beside the rows `x`: (w_up, w_down, b_up, b_down), and the backend."""
-        parameters = under_autocast(
-            getattr(self, self.up_name), self.down_proj, getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
-        )
-        return parameters, self._products(x)
+        w_up, b_up = getattr(self, self.up_name), getattr(self, f"{self.up_name}_bias")
+        return (w_up, self.down_proj, b_up, self.down_proj_bias), self._products(x)
 
     def forward(self, sent: Dispatched) -> Tensor:
         (w_up, w_down, b_up, b_down), products = self.operands(sent.x_RD)

@@ -11,7 +11,7 @@ from flashfusemoe_ds.kernels.experts import experts
 from flashfusemoe_ds.kernels.products import ExpertProducts
 from flashfusemoe_ds.kernels.select import select_products
 from flashfusemoe_ds.nn.checks import check_coefficient, check_hidden
-from flashfusemoe_ds.nn.experts import under_autocast
+from flashfusemoe_ds.nn.experts import dtype_under_autocast, under_autocast
 from flashfusemoe_ds.nn.router import Gating, fused_rule, gate_and_route, get_gating, named_losses, runs_fused
 
 
@@ -106,11 +106,9 @@ def fused_moe(
             f"gate_weight {tuple(gate_weight.shape)} they must be [E, {'2F' if act.gated else 'F'}, D] and [E, D, F]"
         )
     x_TD = hidden_states.reshape(-1, d_model)
-    rows_TD, w_up, w_down = under_autocast(x_TD, w_up, w_down)
-    if w_up.dtype != rows_TD.dtype or w_down.dtype != rows_TD.dtype:
-        raise ValueError(
-            f"hidden_states is {rows_TD.dtype}, w_up {w_up.dtype} and w_down {w_down.dtype}; they must agree"
-        )
+    rows_TD, up_dtype, down_dtype = under_autocast(x_TD), dtype_under_autocast(w_up), dtype_under_autocast(w_down)
+    if up_dtype != rows_TD.dtype or down_dtype != rows_TD.dtype:
+        raise ValueError(f"hidden_states is {rows_TD.dtype}, w_up {up_dtype} and w_down {down_dtype}; they must agree")
     products = select_products(gemm_backend, rows_TD, (d_model, intermediate, w_up.shape[1]), num_experts)
     y_TD, losses, _ = route_to_experts(
         x_TD, rows_TD, gate_weight, w_up, w_down, act, products, variant, top_k, aux_loss_coeff, z_loss_coeff,

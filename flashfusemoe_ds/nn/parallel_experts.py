@@ -29,12 +29,13 @@ from flashfusemoe_ds.dispatch.ranges import Range
 from flashfusemoe_ds.kernels.experts import (
     experts_backward,
     experts_forward,
-    gate_last,
+    gradients_of,
     graph_is_kept,
     join,
     needs_with_gate,
 )
 from flashfusemoe_ds.kernels.order import ExpertOrder
+from flashfusemoe_ds.kernels.precision import cast_to
 from flashfusemoe_ds.nn.experts import GroupedExperts
 from flashfusemoe_ds.types import Dispatched, Routing
 
@@ -115,13 +116,15 @@ class _ParallelExperts(torch.autograd.Function):
                 recompute, overlap, late):  # fmt: skip
         with Range("dispatch.wait"):
             sent = travelling.wait()
+        parameters = w_up, w_down, b_up, b_down, w_gate
         with Range("experts"):
+            w_up, w_down, b_up, b_down, w_gate = cast_to(sent.x_RD.dtype, *parameters)
             y_RD, h_NH, order = experts_forward(
                 sent.x_RD, sent.weight_RK, join(w_gate, w_up), w_down, b_up, b_down, sent.idx_RK, sent.num_routes,
                 activation, products,
             )  # fmt: skip
         kept_h = None if recompute else h_NH
-        ctx.save_for_backward(sent.x_RD, kept_h, sent.weight_RK, w_up, w_down, b_up, b_down, w_gate, *order.tensors())
+        ctx.save_for_backward(sent.x_RD, kept_h, sent.weight_RK, *parameters, *order.tensors())
         ctx.handle, ctx.dispatcher, ctx.activation, ctx.products = sent.handle, dispatcher, activation, products
         ctx.overlap, ctx.late = overlap, late
         with Range("combine"):
@@ -132,7 +135,8 @@ class _ParallelExperts(torch.autograd.Function):
     def backward(ctx, dy_TD):
         dispatcher, handle = ctx.dispatcher, ctx.handle
         # Unpacked once: activation checkpointing hands it out once.
-        x_RD, kept_h, weight_RK, w_up, w_down, b_up, b_down, w_gate, *order = ctx.saved_tensors
+        x_RD, kept_h, weight_RK, *saved = ctx.saved_tensors
+        parameters, order = saved[:5], saved[5:]
         with Range("backward.redispatch"):
             dout_RD = dispatcher.start_redispatch(dy_TD.contiguous(), handle).wait()
         # Every rank sends both gradients home, whoever needs them: their number of exchanges must agree.
@@ -144,12 +148,11 @@ class _ParallelExperts(torch.autograd.Function):
                 home.append(dispatcher.start_combine(dx_RD.contiguous(), handle, dweight_RK))
 
         with Range("backward.experts"):
-            dx_RD, dweight_RK, *dparameters = gate_last(
-                experts_backward(
-                    dout_RD, x_RD, kept_h, weight_RK, join(w_gate, w_up), w_down, b_up, b_down, ExpertOrder(*order),
-                    ctx.activation, ctx.products, needs, consume_h=not graph_is_kept(),
-                    send_input_grads=send if ctx.overlap.input_grad else None,
-                )
+            w_up, w_down, b_up, b_down, w_gate = cast_to(x_RD.dtype, *parameters)
+            dx_RD, dweight_RK, *dparameters = experts_backward(
+                dout_RD, x_RD, kept_h, weight_RK, join(w_gate, w_up), w_down, b_up, b_down, ExpertOrder(*order),
+                ctx.activation, ctx.products, needs, consume_h=not graph_is_kept(),
+                send_input_grads=send if ctx.overlap.input_grad else None,
             )  # fmt: skip
         if not home:
             send(dx_RD, dweight_RK)
@@ -163,7 +166,7 @@ class _ParallelExperts(torch.autograd.Function):
             ctx.late.arriving = rows
             # For its shape alone, which is dX's; `_Late` has dX itself.
             dx_TD = dy_TD
-        return dx_TD, dweight_TK, *dparameters, *(None,) * 7
+        return dx_TD, dweight_TK, *gradients_of(parameters, dparameters), *(None,) * 7
 
 
 def start_dispatch(dispatcher: Dispatcher, rows_TD: Tensor, routing: Routing) -> Pending[Dispatched]:

@@ -48,10 +48,9 @@ class SharedExperts(nn.Module):
             return into_TD + self.forward(x_TD)
         if torch.compiler.is_compiling():
             return self._traced(x_TD, up)
-        operands = x_TD, up, self.down_proj
         if not x_TD.is_meta:  # which has no autocast
-            operands = under_autocast(*operands)
-        return dense_mlp(*operands, self.activation, into_TD)
+            x_TD = under_autocast(x_TD)
+        return dense_mlp(x_TD, up, self.down_proj, self.activation, into_TD)
 
     def _traced(self, x_TD: Tensor, up: Tensor) -> Tensor:
         """The same in operators that torch.compile knows, and fuses itself."""

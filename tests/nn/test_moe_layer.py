@@ -17,6 +17,7 @@ from flashfusemoe_ds.kernels import dense_mlp, reference
 from flashfusemoe_ds.nn import functional
 from flashfusemoe_ds.nn.router import route
 from tests.close import relative_error
+from tests.kept import is_a_copy_of_weights, kept_for_backward
 from tests.kernels.test_order import DEVICE
 
 WIDE = Gating(score="sigmoid", renormalize=True, scaling_factor=1.5, num_groups=4, top_groups=2, expert_bias=True)
@@ -227,6 +228,24 @@ def test_bf16_and_autocast() -> None:
     # bf16 has 8 bits; the router's float32 keeps the choice of experts, so only rounding differs.
     assert relative_error(half, expected) < 2e-2
     assert relative_error(auto, expected) < 2e-2
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_casts_of_weights_are_not_kept(recompute: bool) -> None:
+    """Under autocast the backward casts again; its gradients are those of weights that were cast beforehand."""
+    layer = make_layer(num_shared_experts=1, recompute_activations=recompute).float()
+    half, x = copy.deepcopy(layer), torch.randn(32, 16)
+    for part in (half.experts, half.shared_experts):
+        part.bfloat16()
+    results = []
+    for which in (layer, half):
+        with kept_for_backward() as kept, torch.autocast("cpu", dtype=torch.bfloat16):
+            out = which(x)[0]
+        assert not [t.shape for t in kept if is_a_copy_of_weights(t, which)]
+        out.float().sin().sum().backward()
+        results.append([out, *(p.grad for p in which.parameters())])
+    assert all(p.grad.dtype is torch.float32 for p in layer.parameters())
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("num", [1, 2])

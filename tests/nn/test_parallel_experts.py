@@ -19,6 +19,7 @@ from flashfusemoe_ds.dispatch.ranges import Range
 from tests.close import relative_error
 from tests.distributed import run_ranks
 from tests.ds.experts_zoo import CustomExpert, GatedMLP
+from tests.kept import is_a_copy_of_weights, kept_for_backward
 from tests.nn.test_moe_layer import dense_forward
 
 D, EXPERTS = 8, 8
@@ -56,7 +57,7 @@ def tokens(rank: int, world: int) -> Tensor:
 
 
 def loss_of(out: Tensor, losses: dict[str, Tensor]) -> Tensor:
-    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(9))
+    direction = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     return (out * direction).sum() + (sum(losses.values()) if out.numel() else 0)
 
 
@@ -161,8 +162,24 @@ def under(way: str, layer: MoELayer, x: Tensor) -> Results:
     return gradients(layer, x, out)
 
 
+def cast(rank: int, world: int, changes: dict[str, Any]) -> list[str]:
+    """float32 parameters under autocast: the dense layer but for rounding, float32 gradients, no cast weight kept."""
+    layer, x = sharded(changes, ALL_ON).float(), tokens(rank, world).float().requires_grad_()
+    with kept_for_backward() as kept, torch.autocast("cpu", dtype=torch.bfloat16):
+        out, losses = layer(x)
+    loss_of(out, losses).backward()
+    found, expected = gradients(layer, x, out), dense_step(changes, rank, world)
+    wrong = [f"kept: {t.dtype} {tuple(t.shape)}" for t in kept if is_a_copy_of_weights(t, layer)]
+    wrong += [f"{name} is {t.dtype}" for name, t in found.items() if name != "out" and t.dtype is not torch.float32]
+    for name in found:
+        if name.startswith("experts.") or name == "out":
+            error = relative_error(found[name], expected[name])
+            wrong += [] if error < 2e-2 else [f"{name}: {error}"]
+    return wrong
+
+
 def every_way(rank: int, world: int) -> list[str]:
-    wrong = []
+    wrong = [f"autocast: {w}" for name in ("plain", "shared") for w in cast(rank, world, LAYERS[name])]
     for changes, overlap in product((LAYERS["latent, two shared, recompute"], LAYERS["shared"]), (ALL_ON, ALL_OFF)):
         plain = step(sharded(changes, overlap), rank, world)
         without_losses = sharded({**changes, "aux_loss_coeff": 0.0, "z_loss_coeff": 0.0}, overlap)
