@@ -133,8 +133,8 @@ def publish(full, step):
     """The producer's word that the cp.async of the stage before `step` have landed, so that wgmma may read them: one
     of the arrivals that complete that stage. What was copied for `step` may still be under way.
 
-    The fence is here and not with the consumers (FENCE of multiply), whose MEMBARs would wait for all of their own
-    loads and stores: up takes 2 to 4 % less.
+    The fence is here and not with the consumers (FENCE of multiply): a MEMBAR, it would wait for the loads of routing
+    weights that are under way when a tile begins.
     """
     async_copy.commit_group()
     async_copy.wait_group(1)
