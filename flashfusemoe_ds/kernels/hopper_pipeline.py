@@ -151,6 +151,45 @@ def publish_last(full, step):
 
 
 @gluon.jit
+def add_step(
+    acc,
+    narrow,
+    pairs,
+    full,
+    empty,
+    step,
+    k,
+    HALF: gl.constexpr,
+    A_TRANSPOSED: gl.constexpr,
+    B_TRANSPOSED: gl.constexpr,
+    FENCE: gl.constexpr,
+    DEPTH: gl.constexpr,
+):
+    """Adds the stage at ring position `step`, a tile's k-th, or the first DEPTH of its 64 along K. This product may
+    still run when it returns; the one before has left its stage."""
+    s = step % STAGES
+    mbarrier.wait(full.index(s), (step // STAGES) & 1)
+    if FENCE:
+        fence_async_shared()
+    a = narrow.index(s)
+    b = pairs.index(s)
+    if DEPTH < BLOCK_K:
+        gl.static_assert(A_TRANSPOSED and not B_TRANSPOSED, "K must run down the rows of both")
+        a = a.slice(0, DEPTH, 0)
+        b = b.slice(0, DEPTH, 0)
+    if A_TRANSPOSED:
+        a = a.slice(HALF * HALF_M, HALF_M, 1).permute((1, 0))
+    else:
+        a = a.slice(HALF * HALF_M, HALF_M, 0)
+    if B_TRANSPOSED:
+        b = b.permute((1, 0))
+    acc = warpgroup_mma(a, b, acc, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=(acc,))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
+    return acc
+
+
+@gluon.jit
 def multiply(
     narrow,
     wide,
@@ -162,6 +201,8 @@ def multiply(
     A_TRANSPOSED: gl.constexpr,
     B_TRANSPOSED: gl.constexpr,
     FENCE: gl.constexpr,
+    last=BLOCK_K,
+    SHORT: gl.constexpr = BLOCK_K,
 ):
     """Sums k_steps stages from ring position `step`, this consumer's 64 rows by 256 columns. Returns the left and the
     right 128 columns, [64, 128] float32 each, and the new position.
@@ -170,6 +211,7 @@ def multiply(
     blocks of 128 columns a stage, [2 * STAGES, 128, 64] if B_TRANSPOSED, else [2 * STAGES, 64, 128]. The two blocks
     are one operand of wgmma: it reads A once for 256 columns, not twice for 128 each.
     FENCE: cp.async wrote part of a stage, which wgmma must be told, and the producer does not (publish).
+    last, SHORT: where the last step holds no more than SHORT of 64 along K, that many are multiplied.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
     if B_TRANSPOSED:
@@ -177,22 +219,14 @@ def multiply(
     else:
         pairs = reinterpret(wide, wide.dtype, [STAGES, BLOCK_K, 2 * BLOCK_N], SWIZZLED)
     acc = gl.zeros((HALF_M, 2 * BLOCK_N), gl.float32, ACC)
-    for k in range(k_steps):
-        s = step % STAGES
-        mbarrier.wait(full.index(s), (step // STAGES) & 1)
-        if FENCE:
-            fence_async_shared()
-        if A_TRANSPOSED:
-            a = narrow.index(s).slice(HALF * HALF_M, HALF_M, 1).permute((1, 0))
-        else:
-            a = narrow.index(s).slice(HALF * HALF_M, HALF_M, 0)
-        b = pairs.index(s)
-        if B_TRANSPOSED:
-            b = b.permute((1, 0))
-        acc = warpgroup_mma(a, b, acc, is_async=True)
-        # This step's product may still run; the step before has read its stage.
-        acc = warpgroup_mma_wait(1, deps=(acc,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
+    whole = k_steps
+    if SHORT < BLOCK_K:
+        whole = gl.where(last <= SHORT, k_steps - 1, k_steps)
+    for k in range(whole):
+        acc = add_step(acc, narrow, pairs, full, empty, step, k, HALF, A_TRANSPOSED, B_TRANSPOSED, FENCE, BLOCK_K)
+        step += 1
+    if whole < k_steps:
+        acc = add_step(acc, narrow, pairs, full, empty, step, whole, HALF, A_TRANSPOSED, B_TRANSPOSED, FENCE, SHORT)
         step += 1
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k_steps > 0)
