@@ -24,6 +24,7 @@ def kept_for_backward() -> Iterator[list[Tensor]]:
 
 
 def is_a_copy_of_weights(t: Tensor, layer: nn.Module) -> bool:
-    """Whether it has the shape of stacked matrices of the layer's, and is none of them."""
-    stacked = [p for p in layer.parameters() if p.dim() == 3]
-    return t.shape in {p.shape for p in stacked} and t.data_ptr() not in {p.data_ptr() for p in stacked}
+    """Whether it has as many numbers as stacked matrices of the layer's, in rows as long, and is none of them."""
+    stacked = {(p.numel(), p.shape[-1]) for p in layer.parameters() if p.dim() == 3}
+    alike = t.dim() > 0 and (t.numel(), t.shape[-1]) in stacked
+    return alike and t.data_ptr() not in {p.data_ptr() for p in layer.parameters()}

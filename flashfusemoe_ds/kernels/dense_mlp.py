@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.experts import graph_is_kept
-from flashfusemoe_ds.kernels.precision import cast_to, compute_dtype, without_autocast
+from flashfusemoe_ds.kernels.precision import cast_to, compute_dtype, to_keep, without_autocast
 
 
 def activate(h_NH: Tensor, activation: Activation) -> Tensor:
@@ -82,8 +82,8 @@ def _apart(dw_DnF: Tensor, w_down_nDF: Tensor) -> Tensor:
 class _DenseMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, w_up, w_down, into_TD, activation):
-        parameters = w_up, w_down
-        w_up, w_down = cast_to(x_TD.dtype, *parameters)  # copies are made again in the backward, not kept
+        weights = w_up, w_down
+        w_up, w_down = cast = cast_to(x_TD.dtype, *weights)
         with without_autocast(x_TD.device.type):
             h_TnH, w_DnF = F.linear(x_TD, w_up.flatten(0, 1)), _side_by_side(w_down)
             a_TnF = activate(h_TnH.view(-1, w_up.shape[1]), activation).view(-1, w_DnF.shape[1])
@@ -93,7 +93,7 @@ class _DenseMLP(torch.autograd.Function):
                 ctx.mark_dirty(into_TD)
                 # Not addmm_, which DeepSpeed's flops profiler does not see.
                 y_TD = torch.addmm(into_TD, a_TnF, w_DnF.t(), out=into_TD)
-        ctx.save_for_backward(x_TD, h_TnH, *parameters)
+        ctx.save_for_backward(x_TD, h_TnH, *to_keep(weights, cast))
         ctx.activation = activation
         return y_TD
 
@@ -101,8 +101,8 @@ class _DenseMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_TD):
         # Unpacked once: activation checkpointing hands it out once.
-        x_TD, h_TnH, *parameters = ctx.saved_tensors
-        w_up, w_down = cast_to(x_TD.dtype, *parameters)
+        x_TD, h_TnH, *weights = ctx.saved_tensors
+        w_up, w_down = cast_to(x_TD.dtype, *weights)
         need_x, need_up, need_down, need_into, _ = ctx.needs_input_grad
         dx_TD = dw_up = dw_down = None
         # A backward may be called inside autocast, which would cast the products.
@@ -125,7 +125,6 @@ class _DenseMLP(torch.autograd.Function):
                 a_NF = activate(h_NH, ctx.activation)
             if need_down:
                 dw_down = _apart(rows_TD.t() @ a_NF.view(-1, w_DnF.shape[1]), w_down)
-        dw_up, dw_down = (g if g is None else g.to(p.dtype) for g, p in zip((dw_up, dw_down), parameters, strict=True))
         return dx_TD, dw_up, dw_down, dy_TD if need_into else None, None
 
 

@@ -7,8 +7,8 @@
 The routing weight multiplies the activation, before the down-projection. The sum over experts is then unweighted,
 which is what a transport that adds up ranks needs, and the backward needs neither Y nor A.
 
-Weights of another dtype than the rows, float32 ones under autocast, are cast to the rows'. Their copies are made again
-in the backward, not kept: per layer they are as large as its 16-bit weights, and take 45 us for 38 million.
+Weights of another dtype than the rows, float32 parameters under autocast, are cast to the rows'. The copies are made
+again in the backward, not kept; autograd casts the gradients, one by one, when this node is through.
 
 No floating-point atomics: sums run in a fixed order, so equal inputs give equal bits.
 
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.gather_sum import gather_partials, gather_sum, gather_sum_and_partials
 from flashfusemoe_ds.kernels.order import ExpertOrder, sort_by_expert
-from flashfusemoe_ds.kernels.precision import cast_to, without_autocast
+from flashfusemoe_ds.kernels.precision import cast_to, to_keep, without_autocast
 from flashfusemoe_ds.kernels.products import ExpertProducts, UpWeights, stacked
 from flashfusemoe_ds.kernels.segment_sum import segment_sum
 
@@ -177,13 +177,13 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RD, weight_RK, w_up, w_down, b_up, b_down, w_gate, idx_RK, num_routes, activation, products,
                 recompute):  # fmt: skip
-        parameters = w_up, w_down, b_up, b_down, w_gate
-        w_up, w_down, b_up, b_down, w_gate = cast_to(x_RD.dtype, *parameters)
+        weights = w_up, w_down, b_up, b_down, w_gate
+        w_up, w_down, b_up, b_down, w_gate = cast = cast_to(x_RD.dtype, *weights)
         out_RD, h_NH, order = experts_forward(
             x_RD, weight_RK, join(w_gate, w_up), w_down, b_up, b_down, idx_RK, num_routes, activation, products
         )
         kept_h = None if recompute else h_NH
-        ctx.save_for_backward(x_RD, kept_h, weight_RK, *parameters, *order.tensors())
+        ctx.save_for_backward(x_RD, kept_h, weight_RK, *to_keep(weights, cast), *order.tensors())
         ctx.activation, ctx.products = activation, products
         return out_RD
 
@@ -192,15 +192,14 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, dout_RD):
         # Unpacked once: activation checkpointing hands it out once.
         x_RD, kept_h, weight_RK, *saved = ctx.saved_tensors
-        parameters, order = saved[:5], saved[5:]
-        w_up, w_down, b_up, b_down, w_gate = cast_to(x_RD.dtype, *parameters)
-        dx_RD, dweight_RK, *dparameters = experts_backward(
-            dout_RD, x_RD, kept_h, weight_RK, join(w_gate, w_up), w_down, b_up, b_down, ExpertOrder(*order),
+        w_up, w_down, b_up, b_down, w_gate = cast_to(x_RD.dtype, *saved[:5])
+        grads = experts_backward(
+            dout_RD, x_RD, kept_h, weight_RK, join(w_gate, w_up), w_down, b_up, b_down, ExpertOrder(*saved[5:]),
             ctx.activation, ctx.products, needs_with_gate(ctx.needs_input_grad),
             # Unless a second backward through this graph may ask for H again.
             consume_h=not graph_is_kept(),
         )  # fmt: skip
-        return dx_RD, dweight_RK, *gradients_of(parameters, dparameters), None, None, None, None, None
+        return *gate_last(grads), None, None, None, None, None
 
 
 def join(w_gate: Tensor | None, w_up: Tensor) -> UpWeights:
@@ -214,13 +213,11 @@ def needs_with_gate(needs: Sequence[bool]) -> tuple[bool, ...]:
     return need_x, need_weight, need_up or need_gate, need_down, need_b_up, need_b_down
 
 
-def gradients_of(parameters: Sequence[Tensor | None], grads: Sequence[UpWeights | None]) -> list[Tensor | None]:
-    """Those of (w_up, w_down, b_up, b_down, w_gate), in the parameters' dtypes, of those of (w_up, w_down, b_up,
-    b_down), where w_up's are two if gate and up are apart."""
-    dw_up, *rest = grads
+def gate_last(grads: Sequence[UpWeights | None]) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, weight, w_up, w_down, b_up, b_down) as those of (..., w_gate), gate and up apart."""
+    dx, dweight, dw_up, dw_down, db_up, db_down = grads
     dw_gate, dw_up = dw_up if isinstance(dw_up, tuple) else (None, dw_up)
-    apart = dw_up, *rest, dw_gate
-    return [g if g is None else g.to(p.dtype) for g, p in zip(apart, parameters, strict=True)]
+    return dx, dweight, dw_up, dw_down, db_up, db_down, dw_gate
 
 
 def graph_is_kept() -> bool:
@@ -263,6 +260,8 @@ def experts(
     if torch.compiler.is_compiling():
         from flashfusemoe_ds.kernels import operators  # not at the top: it imports this module
 
+        if isinstance(w_up, tuple):  # cast first: the two together would be a float32 copy as well
+            w_up = cast_to(x_RD.dtype, *w_up)
         weights = cast_to(x_RD.dtype, stacked(w_up), w_down_eDF, b_up_eH, b_down_eD)
         return operators.experts(
             x_RD, weight_RK, *weights, idx_RK, num_routes, activation.name, products.name, recompute

@@ -8,7 +8,7 @@ A program is three partitions of four warps each, and runs one per multiprocesso
     consumers   two, each multiplying its half of the tile's rows with wgmma and finishing its half by itself
 
 `full[s]` counts what a stage waits for (TMA's bytes, and the producer's cp.async where rows are gathered); `empty[s]`
-waits for both consumers. The halves drift apart by up to STAGES steps, so one finishes a tile while the other still
+waits for both consumers. The halves drift apart by STAGES steps at most, so one finishes a tile while the other still
 multiplies, and the producer is already loading the next tile for both.
 
 The result is 128 x 256, a consumer's share 64 x 256 in one accumulator, which leaves `multiply` as two halves of 128

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,6 +27,16 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None
 def cast_to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in this dtype, without a copy of those that are."""
     return tuple(t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors)
+
+
+def to_keep(weights: Sequence[Tensor | None], cast: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What a node keeps of weights that it has cast: those that live anyway, to be cast again in the backward. Of a
+    weight that was computed, LoRA's for example, the cast is the smaller."""
+    return [w if w is None or _lives_anyway(w) else c for w, c in zip(weights, cast, strict=True)]
+
+
+def _lives_anyway(w: Tensor) -> bool:
+    return isinstance(w, nn.Parameter) or (w.is_leaf and w.requires_grad)
 
 
 def mm32(a: Tensor, b: Tensor) -> Tensor:

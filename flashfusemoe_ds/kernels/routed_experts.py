@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.experts import (
     experts_forward,
-    gradients_of,
+    gate_last,
     graph_is_kept,
     join,
     needs_with_gate,
@@ -24,7 +24,7 @@ from flashfusemoe_ds.kernels.experts import (
 )
 from flashfusemoe_ds.kernels.gather_sum import gather_sum
 from flashfusemoe_ds.kernels.order import ExpertOrder
-from flashfusemoe_ds.kernels.precision import cast_to, without_autocast
+from flashfusemoe_ds.kernels.precision import cast_to, to_keep, without_autocast
 from flashfusemoe_ds.kernels.products import ExpertProducts, UpWeights
 from flashfusemoe_ds.kernels.routing import route_forward
 from flashfusemoe_ds.kernels.routing_backward import gate_gradients
@@ -35,8 +35,8 @@ class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, router_ED, w_up, w_down, b_up, b_down, w_gate, bias_E, rule, aux_loss_coeff, z_loss_coeff,
                 count, activation, products, recompute):  # fmt: skip
-        parameters = w_up, w_down, b_up, b_down, w_gate
-        w_up, w_down, b_up, b_down, w_gate = cast_to(x_TD.dtype, *parameters)
+        weights = w_up, w_down, b_up, b_down, w_gate
+        w_up, w_down, b_up, b_down, w_gate = cast = cast_to(x_TD.dtype, *weights)
         logits_TE, idx_TK, weight_TK, counts_E, aux_loss, z_loss = route_forward(
             x_TD, router_ED, bias_E, rule, aux_loss_coeff, z_loss_coeff, count
         )
@@ -45,8 +45,9 @@ class _RoutedExperts(torch.autograd.Function):
         )
         kept_h, kept_counts = None if recompute else h_NH, None if aux_loss is None else counts_E
         ctx.save_for_backward(
-            x_TD, kept_h, weight_TK, *parameters, router_ED, logits_TE, idx_TK, kept_counts, *order.tensors()
-        )
+            x_TD, kept_h, weight_TK, *to_keep(weights, cast), router_ED, logits_TE, idx_TK, kept_counts,
+            *order.tensors(),
+        )  # fmt: skip
         ctx.rule, ctx.coeffs, ctx.activation, ctx.products = rule, (aux_loss_coeff, z_loss_coeff), activation, products
         ctx.mark_non_differentiable(*(t for t in (idx_TK, counts_E) if t is not None))
         ctx.set_materialize_grads(False)
@@ -57,7 +58,7 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx, dout_TD, _didx, _dcounts, daux, dz):
         # Unpacked once: activation checkpointing hands it out once.
         x_TD, kept_h, weight_TK, *saved = ctx.saved_tensors
-        parameters, (router_ED, logits_TE, idx_TK, counts_E, *order) = saved[:5], saved[5:]
+        router_ED, logits_TE, idx_TK, counts_E, *order = saved[5:]
         # `router_ED` stands where `_Experts` has the weights.
         need_x, need_router, *need_parameters = needs_with_gate(ctx.needs_input_grad)
         rest = (None,) * 8
@@ -70,7 +71,7 @@ class _RoutedExperts(torch.autograd.Function):
 
         if dout_TD is None:  # only the losses were used
             return *router(None, None), *(None,) * 5, *rest
-        w_up, w_down, b_up, b_down, w_gate = cast_to(x_TD.dtype, *parameters)
+        w_up, w_down, b_up, b_down, w_gate = cast_to(x_TD.dtype, *saved[:5])
         order, products, w_up = ExpertOrder(*order), ctx.products, join(w_gate, w_up)
         consume_h = kept_h is not None and not graph_is_kept()
         with without_autocast(dout_TD.device.type):
@@ -88,7 +89,7 @@ class _RoutedExperts(torch.autograd.Function):
                 dout_TD, x_TD, rows, weight_TK, w_up, b_up, b_down, order, products, need_parameters,
                 consume_h=consume_h,
             )  # fmt: skip
-        return dx_TD, drouter_ED, *gradients_of(parameters, dparameters), *rest
+        return *gate_last((dx_TD, drouter_ED, *dparameters)), *rest
 
 
 def routed_experts(

@@ -34,6 +34,15 @@ def under_autocast(t: Tensor) -> Tensor:
     return t.to(dtype_under_autocast(t))
 
 
+def check_dtypes(x: Tensor, *parameters: Tensor | None) -> None:
+    """ValueError unless the parameters are of x's dtype, or autocast makes them so."""
+    for param in parameters:
+        if param is not None and dtype_under_autocast(param) is not x.dtype:
+            raise ValueError(
+                f"input is {x.dtype}, the experts' parameters {dtype_under_autocast(param)}; cast one or use autocast"
+            )
+
+
 class GroupedExperts(nn.Module):
     """All experts of a rank in four stacked parameters, computed together.
 
@@ -105,16 +114,18 @@ class GroupedExperts(nn.Module):
         """The rows to dispatch, in the dtype the experts compute in. ValueError for what they cannot take: here,
         before any rank waits for another."""
         x_TD = under_autocast(x_TD)
-        dtype = dtype_under_autocast(self.down_proj)
-        if x_TD.dtype != dtype:
-            raise ValueError(f"input is {x_TD.dtype}, the experts' parameters {dtype}; cast one or use autocast")
+        check_dtypes(x_TD, *self._weights())
         self._products(x_TD)
         return x_TD
 
+    def _weights(self) -> tuple[UpWeights, Tensor, Tensor | None, Tensor | None]:
+        """(w_up, w_down, b_up, b_down), which parametrizations may have computed."""
+        w_up, b_up = getattr(self, self.up_name), getattr(self, f"{self.up_name}_bias")
+        return w_up, self.down_proj, b_up, self.down_proj_bias
+
     def operands(self, x: Tensor) -> tuple[tuple[UpWeights, Tensor, Tensor | None, Tensor | None], ExpertProducts]:
         """What the experts stage takes beside the rows `x`: (w_up, w_down, b_up, b_down), and the backend."""
-        w_up, b_up = getattr(self, self.up_name), getattr(self, f"{self.up_name}_bias")
-        return (w_up, self.down_proj, b_up, self.down_proj_bias), self._products(x)
+        return self._weights(), self._products(x)
 
     def forward(self, sent: Dispatched) -> Tensor:
         (w_up, w_down, b_up, b_down), products = self.operands(sent.x_RD)

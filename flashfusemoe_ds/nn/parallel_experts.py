@@ -29,13 +29,13 @@ from flashfusemoe_ds.dispatch.ranges import Range
 from flashfusemoe_ds.kernels.experts import (
     experts_backward,
     experts_forward,
-    gradients_of,
+    gate_last,
     graph_is_kept,
     join,
     needs_with_gate,
 )
 from flashfusemoe_ds.kernels.order import ExpertOrder
-from flashfusemoe_ds.kernels.precision import cast_to
+from flashfusemoe_ds.kernels.precision import cast_to, to_keep
 from flashfusemoe_ds.nn.experts import GroupedExperts
 from flashfusemoe_ds.types import Dispatched, Routing
 
@@ -114,17 +114,17 @@ class _ParallelExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_TK, w_up, w_down, b_up, b_down, w_gate, travelling, dispatcher, activation, products,
                 recompute, overlap, late):  # fmt: skip
+        weights = w_up, w_down, b_up, b_down, w_gate
+        w_up, w_down, b_up, b_down, w_gate = cast = cast_to(x_TD.dtype, *weights)
         with Range("dispatch.wait"):
             sent = travelling.wait()
-        parameters = w_up, w_down, b_up, b_down, w_gate
         with Range("experts"):
-            w_up, w_down, b_up, b_down, w_gate = cast_to(sent.x_RD.dtype, *parameters)
             y_RD, h_NH, order = experts_forward(
                 sent.x_RD, sent.weight_RK, join(w_gate, w_up), w_down, b_up, b_down, sent.idx_RK, sent.num_routes,
                 activation, products,
             )  # fmt: skip
         kept_h = None if recompute else h_NH
-        ctx.save_for_backward(sent.x_RD, kept_h, sent.weight_RK, *parameters, *order.tensors())
+        ctx.save_for_backward(sent.x_RD, kept_h, sent.weight_RK, *to_keep(weights, cast), *order.tensors())
         ctx.handle, ctx.dispatcher, ctx.activation, ctx.products = sent.handle, dispatcher, activation, products
         ctx.overlap, ctx.late = overlap, late
         with Range("combine"):
@@ -136,9 +136,10 @@ class _ParallelExperts(torch.autograd.Function):
         dispatcher, handle = ctx.dispatcher, ctx.handle
         # Unpacked once: activation checkpointing hands it out once.
         x_RD, kept_h, weight_RK, *saved = ctx.saved_tensors
-        parameters, order = saved[:5], saved[5:]
         with Range("backward.redispatch"):
-            dout_RD = dispatcher.start_redispatch(dy_TD.contiguous(), handle).wait()
+            travelling = dispatcher.start_redispatch(dy_TD.contiguous(), handle)
+            w_up, w_down, b_up, b_down, w_gate = cast_to(x_RD.dtype, *saved[:5])
+            dout_RD = travelling.wait()
         # Every rank sends both gradients home, whoever needs them: their number of exchanges must agree.
         needs = (True, True, *needs_with_gate(ctx.needs_input_grad)[2:])
         home: list[Combined] = []
@@ -148,11 +149,12 @@ class _ParallelExperts(torch.autograd.Function):
                 home.append(dispatcher.start_combine(dx_RD.contiguous(), handle, dweight_RK))
 
         with Range("backward.experts"):
-            w_up, w_down, b_up, b_down, w_gate = cast_to(x_RD.dtype, *parameters)
-            dx_RD, dweight_RK, *dparameters = experts_backward(
-                dout_RD, x_RD, kept_h, weight_RK, join(w_gate, w_up), w_down, b_up, b_down, ExpertOrder(*order),
-                ctx.activation, ctx.products, needs, consume_h=not graph_is_kept(),
-                send_input_grads=send if ctx.overlap.input_grad else None,
+            dx_RD, dweight_RK, *dparameters = gate_last(
+                experts_backward(
+                    dout_RD, x_RD, kept_h, weight_RK, join(w_gate, w_up), w_down, b_up, b_down,
+                    ExpertOrder(*saved[5:]), ctx.activation, ctx.products, needs, consume_h=not graph_is_kept(),
+                    send_input_grads=send if ctx.overlap.input_grad else None,
+                )
             )  # fmt: skip
         if not home:
             send(dx_RD, dweight_RK)
@@ -166,7 +168,7 @@ class _ParallelExperts(torch.autograd.Function):
             ctx.late.arriving = rows
             # For its shape alone, which is dX's; `_Late` has dX itself.
             dx_TD = dy_TD
-        return dx_TD, dweight_TK, *gradients_of(parameters, dparameters), *(None,) * 7
+        return dx_TD, dweight_TK, *dparameters, *(None,) * 7
 
 
 def start_dispatch(dispatcher: Dispatcher, rows_TD: Tensor, routing: Routing) -> Pending[Dispatched]:

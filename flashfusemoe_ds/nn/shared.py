@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.kernels.dense_mlp import dense_mlp
-from flashfusemoe_ds.nn.experts import under_autocast
+from flashfusemoe_ds.nn.experts import check_dtypes, under_autocast
 
 
 class SharedExperts(nn.Module):
@@ -50,6 +50,7 @@ class SharedExperts(nn.Module):
             return self._traced(x_TD, up)
         if not x_TD.is_meta:  # which has no autocast
             x_TD = under_autocast(x_TD)
+            check_dtypes(x_TD, up, self.down_proj)
         return dense_mlp(x_TD, up, self.down_proj, self.activation, into_TD)
 
     def _traced(self, x_TD: Tensor, up: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from flashfusemoe_ds import Gating, MoELayer, fused_moe
 from flashfusemoe_ds.kernels import dense_mlp, reference
@@ -234,7 +235,7 @@ def test_bf16_and_autocast() -> None:
 def test_casts_of_weights_are_not_kept(recompute: bool) -> None:
     """Under autocast the backward casts again; its gradients are those of weights that were cast beforehand."""
     layer = make_layer(num_shared_experts=1, recompute_activations=recompute).float()
-    half, x = copy.deepcopy(layer), torch.randn(32, 16)
+    half, x = copy.deepcopy(layer), torch.randn(30, 16)
     for part in (half.experts, half.shared_experts):
         part.bfloat16()
     results = []
@@ -246,6 +247,47 @@ def test_casts_of_weights_are_not_kept(recompute: bool) -> None:
         results.append([out, *(p.grad for p in which.parameters())])
     assert all(p.grad.dtype is torch.float32 for p in layer.parameters())
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(*results, strict=True))
+
+
+class _Merged(nn.Module):
+    """A weight plus something trained, as LoRA has it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.added = nn.Parameter(torch.zeros_like(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.added
+
+
+def test_computed_weights_are_kept_as_their_casts() -> None:
+    """A merged weight lives no longer than the graph: kept in 16 bit, not in the 32 of what it was computed from."""
+    layer = make_layer().float()
+    plain = copy.deepcopy(layer)
+    for name in ("gate_up_proj", "down_proj"):
+        parametrize.register_parametrization(layer.experts, name, _Merged(getattr(layer.experts, name)))
+    x, grads = torch.randn(30, 16), []
+    for which in (layer, plain):
+        with kept_for_backward() as kept, torch.autocast("cpu", dtype=torch.bfloat16):
+            out = which(x)[0]
+        copies = {t.dtype for t in kept if is_a_copy_of_weights(t, which)}
+        assert copies == ({torch.bfloat16} if which is layer else set())
+        out.float().sin().sum().backward()
+        grads.append([out])
+    for name in ("gate_up_proj", "down_proj"):
+        grads[0].append(getattr(layer.experts.parametrizations, name)[0].added.grad)
+        grads[1].append(getattr(plain.experts, name).grad)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("part", ["experts.gate_up_proj", "experts.down_proj", "shared_experts.down_proj"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_weights_of_another_dtype_are_refused(part: str, autocast: bool) -> None:
+    layer = make_layer(num_shared_experts=1).float()
+    module, name = part.split(".")
+    setattr(getattr(layer, module), name, nn.Parameter(layer.get_parameter(part).double()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(ValueError, match="float64; cast one"):
+        layer(torch.randn(32, 16))
 
 
 @pytest.mark.parametrize("num", [1, 2])
