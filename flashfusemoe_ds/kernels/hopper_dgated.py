@@ -197,6 +197,8 @@ def dgated_kernel(
 
     Args:
         w_desc: descriptor of W_down [e * D, F] in blocks [64, 128].
+        h_desc: descriptor of H [N, 2F], or [N, F] if not GATED, in blocks [128, 64].
+        dh: [N, 2F] or [N, F], another tensor or H's memory.
         D8, F8: D / 8 and F / 8, see rows_kernel. D is a multiple of 64.
     """
     dtype: gl.constexpr = a.dtype.element_ty
