@@ -21,7 +21,6 @@ from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
 from flashfusemoe_ds.kernels.triton_curves import CURVE_OF, curve, curve_and_slope
 
 NUM_WARPS = 4
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from flashfusemoe_ds.kernels.activation import get_activation
 from flashfusemoe_ds.kernels.experts import experts
@@ -114,18 +115,18 @@ class GroupedExperts(nn.Module):
         """The rows to dispatch, in the dtype the experts compute in. ValueError for what they cannot take: here,
         before any rank waits for another."""
         x_TD = under_autocast(x_TD)
-        check_dtypes(x_TD, *self._weights())
+        check_dtypes(x_TD, *self._parameters.values())
         self._products(x_TD)
         return x_TD
 
-    def _weights(self) -> tuple[UpWeights, Tensor, Tensor | None, Tensor | None]:
-        """(w_up, w_down, b_up, b_down), which parametrizations may have computed."""
-        w_up, b_up = getattr(self, self.up_name), getattr(self, f"{self.up_name}_bias")
-        return w_up, self.down_proj, b_up, self.down_proj_bias
-
     def operands(self, x: Tensor) -> tuple[tuple[UpWeights, Tensor, Tensor | None, Tensor | None], ExpertProducts]:
         """What the experts stage takes beside the rows `x`: (w_up, w_down, b_up, b_down), and the backend."""
-        return self._weights(), self._products(x)
+        w_up, b_up = getattr(self, self.up_name), getattr(self, f"{self.up_name}_bias")
+        weights = w_up, self.down_proj, b_up, self.down_proj_bias
+        if parametrize.is_parametrized(self):
+            # `prepare` has not seen these: looking at a computed weight is computing it.
+            check_dtypes(x, *weights)
+        return weights, self._products(x)
 
     def forward(self, sent: Dispatched) -> Tensor:
         (w_up, w_down, b_up, b_down), products = self.operands(sent.x_RD)

@@ -43,21 +43,21 @@ class SharedExperts(nn.Module):
             into_TD: of the result's dtype, contiguous; the result is added to it, where autograd allows that in place,
                 so that nothing else may need its value.
         """
-        up = getattr(self, self.up_name)
         if into_TD is not None and (torch.compiler.is_compiling() or not _may_change(into_TD)):
             return into_TD + self.forward(x_TD)
+        up, down = getattr(self, self.up_name), self.down_proj  # once: a parametrization computes them
         if torch.compiler.is_compiling():
-            return self._traced(x_TD, up)
+            return self._traced(x_TD, up, down)
         if not x_TD.is_meta:  # which has no autocast
             x_TD = under_autocast(x_TD)
-            check_dtypes(x_TD, up, self.down_proj)
-        return dense_mlp(x_TD, up, self.down_proj, self.activation, into_TD)
+            check_dtypes(x_TD, up, down)
+        return dense_mlp(x_TD, up, down, self.activation, into_TD)
 
-    def _traced(self, x_TD: Tensor, up: Tensor) -> Tensor:
+    def _traced(self, x_TD: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """The same in operators that torch.compile knows, and fuses itself."""
         h_TnH = F.linear(x_TD, up.flatten(0, 1)).unflatten(1, (up.shape[0], up.shape[1]))
         # One product adds the experts up: its inner dimension runs over all of them.
-        return F.linear(self.activation.forward(h_TnH).flatten(1), self.down_proj.transpose(0, 1).flatten(1))
+        return F.linear(self.activation.forward(h_TnH).flatten(1), down.transpose(0, 1).flatten(1))
 
 
 def _may_change(t: Tensor) -> bool:

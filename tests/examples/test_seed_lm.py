@@ -18,6 +18,7 @@ import pytest
 import torch
 from deepspeed.moe.utils import is_moe_param
 
+from tests.close import relative_error
 from tests.distributed import run_ranks
 from tests.examples.scripts import BENCHMARKS, ROOT, cells, run_main
 
@@ -209,7 +210,8 @@ def test_our_layer_brings_the_shared_expert(
 
     words = seed_model.random_batches(ours.cfg, 1, 1, 0, 0, torch.device("cpu"))[0]
     losses = [model(words).loss for model in (ours, plain)]
-    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    # float32 sums in another order: one product over gate and up, or two. The losses come out equal to the bit here.
+    torch.testing.assert_close(*losses, rtol=2.5e-7, atol=0)
     for loss in losses:
         loss.backward()
     assert seed_model.parameter_counts(ours) == seed_model.parameter_counts(plain)
@@ -220,7 +222,7 @@ def test_our_layer_brings_the_shared_expert(
         shared = block.moe.parts.shared
         for param, expected in zip(shared.parameters(), other.mlp.parameters(), strict=True):
             assert not is_moe_param(param) and torch.equal(param[0], expected)
-            torch.testing.assert_close(param.grad[0], expected.grad, rtol=1e-5, atol=1e-8)
+            assert relative_error(param.grad[0], expected.grad) < 1e-6  # 3e-7 was seen
 
 
 def test_kept_bytes_are_without_the_shared_expert(

@@ -254,18 +254,44 @@ class _Merged(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.added = nn.Parameter(torch.zeros_like(weight))
+        self.added, self.times = nn.Parameter(torch.zeros_like(weight)), 0
 
     def forward(self, weight: Tensor) -> Tensor:
+        self.times += 1
         return weight + self.added
+
+
+def merge_weights(layer: MoELayer) -> list[_Merged]:
+    parts = [(layer.experts, "gate_up_proj"), (layer.experts, "down_proj")]
+    parts += [(layer.shared_experts, "gate_up_proj"), (layer.shared_experts, "down_proj")]
+    for part, name in parts:
+        parametrize.register_parametrization(part, name, _Merged(getattr(part, name)))
+    return [getattr(part.parametrizations, name)[0] for part, name in parts]
+
+
+def test_computed_weights_are_computed_once() -> None:
+    layer = make_layer(num_shared_experts=1)
+    merged = merge_weights(layer)
+    before = [m.times for m in merged]
+    layer(torch.randn(30, 16, dtype=torch.float64))
+    assert [m.times - b for m, b in zip(merged, before, strict=True)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_computed_weights_of_another_dtype_are_refused(which: int) -> None:
+    layer = make_layer(num_shared_experts=1).float()
+    with torch.no_grad():
+        merged = merge_weights(layer)[which]
+    merged.added = nn.Parameter(merged.added.double())
+    with pytest.raises(ValueError, match="float64; cast one"):
+        layer(torch.randn(30, 16))
 
 
 def test_computed_weights_are_kept_as_their_casts() -> None:
     """A merged weight lives no longer than the graph: kept in 16 bit, not in the 32 of what it was computed from."""
-    layer = make_layer().float()
+    layer = make_layer(num_shared_experts=1).float()
     plain = copy.deepcopy(layer)
-    for name in ("gate_up_proj", "down_proj"):
-        parametrize.register_parametrization(layer.experts, name, _Merged(getattr(layer.experts, name)))
+    merged = merge_weights(layer)
     x, grads = torch.randn(30, 16), []
     for which in (layer, plain):
         with kept_for_backward() as kept, torch.autocast("cpu", dtype=torch.bfloat16):
@@ -274,9 +300,8 @@ def test_computed_weights_are_kept_as_their_casts() -> None:
         assert copies == ({torch.bfloat16} if which is layer else set())
         out.float().sin().sum().backward()
         grads.append([out])
-    for name in ("gate_up_proj", "down_proj"):
-        grads[0].append(getattr(layer.experts.parametrizations, name)[0].added.grad)
-        grads[1].append(getattr(plain.experts, name).grad)
+    grads[0] += [m.added.grad for m in merged]
+    grads[1] += [p.grad for part in (plain.experts, plain.shared_experts) for p in part.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
