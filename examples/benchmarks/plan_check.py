@@ -10,8 +10,8 @@ step. The plan gets the load that the router really made.
 
 The exchange that is measured is that of a step: the operations that each layer asked of its transport and the experts
 that its router chose, each operation timed alone (exchange_cost.py). The plan has what operations cost on this machine
-from other batches, half and twice as large, and has to know how many there are and what they weigh. `--calibrate`
-measures these costs alone, with all ranks as one group, and prints them as options of the plan.
+from batches of its own, half, once and twice as large, and has to know how many there are and what they weigh.
+`--calibrate` measures these costs alone, with all ranks as one group, and prints them as options of the plan.
 
 `--size toy` runs on CPUs, where there is no memory to read.
 """

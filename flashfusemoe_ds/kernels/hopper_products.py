@@ -10,6 +10,7 @@ Operands, results and rounding are those of `TritonProducts`, so either may comp
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from flashfusemoe_ds.kernels import hopper_dgated, hopper_rows, hopper_weights
 from flashfusemoe_ds.kernels.activation import Activation
 from flashfusemoe_ds.kernels.hopper_pipeline import BLOCK_K, BLOCK_M, BLOCK_N, HALF_M, SWIZZLED
-from flashfusemoe_ds.kernels.launch import Descriptor, launch
+from flashfusemoe_ds.kernels.launch import Bound, Descriptor, launch
 from flashfusemoe_ds.kernels.order import ExpertOrder
 from flashfusemoe_ds.kernels.products import UpWeights
 from flashfusemoe_ds.kernels.sizes import cdiv
@@ -34,8 +35,51 @@ _TILE_N = 2 * BLOCK_N.value
 
 def _descriptor(tensor: Tensor, block: tuple[int, int]) -> Descriptor:
     """Of a contiguous tensor as a matrix of its last dimension."""
-    width = tensor.shape[-1]
-    return Descriptor(tensor, (tensor.numel() // width, width), (width, 1), block, SWIZZLED.value)
+    return Descriptor(tensor, block, SWIZZLED.value)
+
+
+@functools.cache
+def _up_bound(activation: Activation, apart: bool, bias: bool, even_k: bool) -> Bound:
+    return Bound(
+        hopper_rows.rows_kernel,
+        GATHER=True,
+        W_TRANSPOSED=True,
+        ACTIVATE=True,
+        PAIRED=activation.gated,
+        APART=apart,
+        CURVE=CURVE_OF[activation.name],
+        BIAS=bias,
+        EVEN_K=even_k,
+        num_warps=4,
+    )
+
+
+@functools.cache
+def _project_bound(transposed: bool, apart: bool, bias: bool) -> Bound:
+    return Bound(
+        hopper_rows.rows_kernel,
+        GATHER=False,
+        W_TRANSPOSED=transposed,
+        ACTIVATE=False,
+        PAIRED=False,
+        APART=apart,
+        CURVE="",
+        BIAS=bias,
+        EVEN_K=True,
+        num_warps=4,
+    )
+
+
+@functools.cache
+def _dgated_bound(activation: Activation) -> Bound:
+    return Bound(hopper_dgated.dgated_kernel, CURVE=CURVE_OF[activation.name], GATED=activation.gated, num_warps=4)
+
+
+@functools.cache
+def _weight_grad_bound(gather_left: bool, tma_store: bool, apart: bool) -> Bound:
+    return Bound(
+        hopper_weights.weight_grad_kernel, GATHER_LEFT=gather_left, TMA_STORE=tma_store, APART=apart, num_warps=4
+    )
 
 
 @dataclass(frozen=True)
@@ -62,23 +106,24 @@ class HopperProducts(TritonProducts):
         weight_RK: Tensor,
         activation: Activation,
     ) -> tuple[Tensor, Tensor]:
-        first, second = w_up if isinstance(w_up, tuple) else (w_up, w_up)
+        weights = w_up if isinstance(w_up, tuple) else (w_up,)
+        first, second = weights[0], weights[-1]
         apart = second is not first
         _, w_rows, d = first.shape
         up_width = 2 * w_rows if apart else w_rows
         f = up_width // 2 if activation.gated else up_width
-        if f % 8 or not order.num_routes or not self.takes(x_RD, first, second):
+        if f % 8 or not order.num_routes or not self.takes(x_RD, *weights):
             return super().up(x_RD, order, w_up, b_up_eH, weight_RK, activation)
         h_NH, a_NF = x_RD.new_empty(order.num_routes, up_width), x_RD.new_empty(order.num_routes, f)
         column_tiles = cdiv(f, BLOCK_N.value if activation.gated else _TILE_N)
         launch(
-            hopper_rows.rows_kernel,
+            _up_bound(activation, apart, b_up_eH is not None, d % BLOCK_K.value == 0),
             self._grid(order.max_tiles * column_tiles),
             x_RD,
             _descriptor(first, _TALL),
             _descriptor(second, _TALL),
             x_RD if b_up_eH is None else b_up_eH.contiguous(),
-            weight_RK.reshape(-1),
+            weight_RK.contiguous(),
             order.row_N,
             order.route_N,
             order.tiles_M4,
@@ -91,15 +136,6 @@ class HopperProducts(TritonProducts):
             d // 8,
             f // 8,
             w_rows,
-            GATHER=True,
-            W_TRANSPOSED=True,
-            ACTIVATE=True,
-            PAIRED=activation.gated,
-            APART=apart,
-            CURVE=CURVE_OF[activation.name],
-            BIAS=b_up_eH is not None,
-            EVEN_K=d % BLOCK_K.value == 0,
-            num_warps=4,
         )
         return h_NH, a_NF
 
@@ -116,10 +152,10 @@ class HopperProducts(TritonProducts):
         return self._project_rows(a_NF, order, w_down_eDF, w_down_eDF, b_down_eD, weight_RK, transposed=True)
 
     def dx(self, dh_NH: Tensor, order: ExpertOrder, w_up: UpWeights) -> Tensor:
-        first, second = w_up if isinstance(w_up, tuple) else (w_up, w_up)
-        if first.shape[1] % BLOCK_K.value or not self.takes(dh_NH, first, second):
+        weights = w_up if isinstance(w_up, tuple) else (w_up,)
+        if weights[0].shape[1] % BLOCK_K.value or not self.takes(dh_NH, *weights):
             return super().dx(dh_NH, order, w_up)
-        return self._project_rows(dh_NH, order, first, second, None, None, transposed=False)
+        return self._project_rows(dh_NH, order, weights[0], weights[-1], None, None, transposed=False)
 
     def _project_rows(
         self,
@@ -139,13 +175,13 @@ class HopperProducts(TritonProducts):
         out_desc, block = _descriptor(out, _HALF), _TALL if transposed else _FLAT
         column_tiles = cdiv(width, _TILE_N)
         launch(
-            hopper_rows.rows_kernel,
+            _project_bound(transposed, w2 is not w, bias is not None),
             self._grid(order.max_tiles * column_tiles),
             _descriptor(rows_NK, _TALL),
             _descriptor(w, block),
             _descriptor(w2, block),
             rows_NK if bias is None else bias.contiguous(),
-            rows_NK if bias is None else weight_RK.reshape(-1),
+            rows_NK if bias is None else weight_RK.contiguous(),
             order.row_N,
             order.route_N,
             order.tiles_M4,
@@ -158,15 +194,6 @@ class HopperProducts(TritonProducts):
             rows_NK.shape[1] // 8,
             width // 8,
             w.shape[1],
-            GATHER=False,
-            W_TRANSPOSED=transposed,
-            ACTIVATE=False,
-            PAIRED=False,
-            APART=w2 is not w,
-            CURVE="",
-            BIAS=bias is not None,
-            EVEN_K=True,
-            num_warps=4,
         )
         return out
 
@@ -192,11 +219,11 @@ class HopperProducts(TritonProducts):
         column_tiles = cdiv(f, _TILE_N)
         ds_PN = h_NH.new_empty(column_tiles + (b_down_eD is not None), order.num_routes, dtype=torch.float32)
         launch(
-            hopper_dgated.dgated_kernel,
+            _dgated_bound(activation),
             self._grid(order.max_tiles * column_tiles),
             dout_RD,
             _descriptor(w_down_eDF, _FLAT),
-            weight_RK.reshape(-1),
+            weight_RK.contiguous(),
             order.row_N,
             order.route_N,
             order.tiles_M4,
@@ -209,9 +236,6 @@ class HopperProducts(TritonProducts):
             column_tiles,
             d // 8,
             f // 8,
-            CURVE=CURVE_OF[activation.name],
-            GATED=activation.gated,
-            num_warps=4,
         )
         if b_down_eD is not None:
             self._bias_dot(dout_RD, order, b_down_eD, ds_PN[column_tiles])
@@ -230,8 +254,8 @@ class HopperProducts(TritonProducts):
         if not self.takes(dh_NH, x_RD) or (apart and width % (2 * HALF_M.value)):
             return super().dw_up(dh_NH, order, x_RD, w_up)
         shape = order.ends_e.numel(), width // 2 if apart else width, x_RD.shape[1]
-        first = dh_NH.new_empty(shape)
-        second = dh_NH.new_empty(shape) if apart else first
+        first = dh_NH.new_empty(*shape)
+        second = dh_NH.new_empty(*shape) if apart else first
         self._sum_outer(dh_NH, x_RD, order, first, second, gather_left=False)
         return (first, second) if apart else first
 
@@ -245,7 +269,7 @@ class HopperProducts(TritonProducts):
         m_tiles, n_tiles = cdiv(m, tile_m), cdiv(n, tile_n)
         num_tiles = num_experts * m_tiles * n_tiles
         launch(
-            hopper_weights.weight_grad_kernel,
+            _weight_grad_bound(gather_left, m % HALF_M.value == 0, out2 is not out),
             (min(self.num_sms * self.waves, num_tiles),),
             gathered,
             lying,
@@ -260,8 +284,4 @@ class HopperProducts(TritonProducts):
             n_tiles,
             m // 8,
             n // 8,
-            GATHER_LEFT=gather_left,
-            TMA_STORE=m % HALF_M.value == 0,
-            APART=out2 is not out,
-            num_warps=4,
         )

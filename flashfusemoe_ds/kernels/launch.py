@@ -3,7 +3,8 @@
 
 `kernel[grid](...)` binds arguments, looks at each for what it may specialise on, builds a key and compares the
 kernel's globals before it launches: 35 to 90 us for these kernels, 13 of which make a layer's step, which on small
-layers is more than the GPU needs. `launch` builds a smaller key and calls the compiled kernel itself: some 10 us.
+layers is more than the GPU needs. `launch` builds a smaller key and calls the compiled kernel itself: some 10 us. What
+every step launches is `Bound` to its constexprs once, so that they are not named, and looked up, each time.
 
 The memo holds compiled kernels, as Triton's own does, and TMA descriptors, which say no more than an address, a shape
 and a block. It never decides what is computed.
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -33,16 +35,26 @@ class Descriptor:
 
     Attributes:
         base: contiguous, 16-byte aligned, rows of a multiple of 16 bytes.
-        block_shape: of the block that one copy moves.
+        block_shape: of the block that one copy moves. Where it has fewer dimensions than base, base's first ones are
+            addressed as one.
         layout: of that block in shared memory, for a Gluon kernel; None for a Triton kernel.
     """
 
     base: Tensor
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
     block_shape: tuple[int, ...]
     layout: Any = None
-    padding: str = "zero"
+    padding: ClassVar[str] = "zero"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.base.shape
+        joined = len(shape) - len(self.block_shape) + 1
+        return math.prod(shape[:joined]), *shape[joined:]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        shape = self.shape
+        return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
     def checked(self) -> Any:
         """Triton's own descriptor of the same."""
@@ -60,7 +72,7 @@ class _Below:
     """What lies below a compiled kernel's `[grid]` in Triton 3.6. A launch takes 8 us there, 4 of them above this, and
     3 more for every TMA descriptor, made anew each time; here it is looked up by what it is made from."""
 
-    def __init__(self, compiled: CompiledKernel) -> None:
+    def __init__(self, compiled: CompiledKernel, args: list[Any]) -> None:
         launcher = compiled.run
         self.launch = launcher.launch
         self.fixed = compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None
@@ -68,39 +80,33 @@ class _Below:
         self.get_stream = driver.active.get_current_stream
         # Kernels that take descriptors are launched by a function around the launcher, which makes them.
         around = inspect.getclosurevars(self.launch).nonlocals if inspect.isfunction(self.launch) else {}
-        self.blocks: list[Any] = []
+        self.blocks: list[tuple[int, Any]] = []  # where descriptors stand, from the last, and what Triton says of each
         if None not in (around.get("tensordesc_meta") or [None]):
-            self.launch, self.blocks = around["launcher"], around["tensordesc_meta"]
+            places = [i for i, a in enumerate(args) if type(a) is Descriptor]
+            self.launch = around["launcher"]
+            self.blocks = [*zip(places, around["tensordesc_meta"], strict=True)][::-1]
         self.made: dict[tuple[Any, ...], list[Any]] = {}
 
     def __call__(self, grid: tuple[int, int, int], device: int, args: list[Any], constexprs: tuple[Any, ...]) -> None:
-        if self.blocks:
-            args = self._with_descriptors(args)
+        """Launches. Descriptors are replaced in `args`."""
+        for place, block in self.blocks:
+            descriptor = args[place]
+            base = descriptor.base
+            key = place, base.data_ptr(), base.shape
+            args[place : place + 1] = self.made.get(key) or self._make(key, descriptor, block)
         self.launch(*grid, self.get_stream(device), *self.fixed, *args, *constexprs)
 
-    def _with_descriptors(self, args: list[Any]) -> list[Any]:
-        out: list[Any] = []
-        index = 0
-        for a in args:
-            if type(a) is not Descriptor:
-                out.append(a)
-                continue
-            key = index, a.base.data_ptr(), a.shape, a.strides, a.padding
-            made = self.made.get(key)
-            if made is None:
-                from triton.backends.nvidia.driver import make_tensordesc_arg
+    def _make(self, key: tuple[Any, ...], descriptor: Descriptor, block: Any) -> list[Any]:
+        from triton.backends.nvidia.driver import make_tensordesc_arg
 
-                if len(self.made) >= MOST_DESCRIPTORS:
-                    self.made.clear()
-                made = self.made[key] = make_tensordesc_arg(a, self.blocks[index])
-            out += made
-            index += 1
-        return out
+        if len(self.made) >= MOST_DESCRIPTORS:
+            self.made.clear()
+        made = self.made[key] = make_tensordesc_arg(descriptor, block)
+        return made
 
 
 @dataclass(slots=True)
 class _Known:
-    kernel: Any  # kept, since the memo's key has its id
     compiled: CompiledKernel
     constexprs: tuple[Any, ...]  # in the order of the signature
     below: _Below | None
@@ -115,82 +121,100 @@ class _Known:
 
 def _is_hooked() -> bool:
     """Whether somebody, a profiler, wants to be called at launches. Triton 3.6 has empty chains where nobody does."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def _below(compiled: CompiledKernel) -> _Below | None:
+def _below(compiled: CompiledKernel, args: list[Any]) -> _Below | None:
     """None for other versions, which have other launchers, and for kernels with scratch memory."""
     if not _TRITON_3_6 or compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
         return None
-    return _Below(compiled)
+    return _Below(compiled, args)
 
 
-class _Launch:
-    def __init__(self) -> None:
+class Bound:
+    """A kernel with its constexprs. `launch` takes one in the place of a kernel.
+
+    Args:
+        kernel: @triton.jit or @gluon.jit.
+        constexprs: its constexpr arguments, which come last in its signature.
+    """
+
+    def __init__(self, kernel: Any, *, num_warps: int, num_stages: int = 3, **constexprs: Any) -> None:
+        self.kernel, self.constexprs = kernel, constexprs
+        self.options = {**constexprs, "num_warps": num_warps, "num_stages": num_stages}
         self._known: dict[tuple[Any, ...], _Known] = {}
 
-    def __call__(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        *args: Any,
-        num_warps: int,
-        num_stages: int = 3,
-        **constexprs: Any,
-    ) -> None:
-        """Launches on the device of the first tensor, whichever is current; nothing where the grid is empty.
-
-        Args:
-            kernel: @triton.jit or @gluon.jit.
-            grid: one to three dimensions.
-            args: the kernel's run-time arguments, in order: tensors, Descriptors, numbers, None.
-            constexprs: its constexpr arguments, which come last in its signature.
-        """
+    def launch(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """See `launch`."""
         if 0 in grid:
             return
         # What Triton specialises on: a tensor's dtype and alignment, whether an int is 1 or a multiple of 16, and
         # whether it needs 64 bits.
-        key: list[Any] = [id(kernel), num_warps, num_stages, *constexprs, *constexprs.values()]
+        key: list[Any] = []
         values: list[Any] = []  # pointers as numbers, which a launcher need not ask the tensors for
-        pointers, device = 0, None
+        pointers, first = 0, None
         for a in args:
-            if isinstance(a, Tensor):
-                if device is None:
-                    device = a.device
+            kind = type(a)
+            if kind is int:
+                key.append(1 if a == 1 else (a & 15 == 0, -(2**31) <= a < 2**31))
+            elif kind is Descriptor:
+                key.append(a.block_shape)
+                key.append(a.base.dtype)
+            elif kind is Tensor or isinstance(a, Tensor):
+                if first is None:
+                    first = a
                 key.append(a.dtype)
                 a = a.data_ptr()
                 pointers |= a
-            elif type(a) is int:
-                key.append(1 if a == 1 else (a & 15 == 0, -(2**31) <= a < 2**31))
-            elif type(a) is Descriptor:
-                key.append(a.block_shape)
-                key.append(a.base.dtype)
             else:
-                key.append(type(a))
+                key.append(kind)
             values.append(a)
-        index = device.index
+        index = first.get_device()
         key.append(index)
         key = tuple(key)
 
         known = self._known.get(key)
-        current = torch.cuda.current_device() if device.type == "cuda" else index
-        if known is None or pointers & 15 or index != current:
-            compiled = self._through_triton(kernel, grid, device, args, num_warps, num_stages, constexprs)
+        if known is None or pointers & 15 or (index >= 0 and index != torch.cuda.current_device()):
+            compiled = self._through_triton(grid, first.device, args)
             if compiled is not None and not pointers & 15:
-                ordered = tuple(constexprs[name] for name in kernel.arg_names[len(args) :])
-                self._known[key] = _Known(kernel, compiled, ordered, _below(compiled))
+                ordered = tuple(self.constexprs[name] for name in self.kernel.arg_names[len(args) :])
+                self._known[key] = _Known(compiled, ordered, _below(compiled, values))
             return
         known.fire(grid, values, index)
 
-    @staticmethod
-    def _through_triton(kernel, grid, device, args, num_warps, num_stages, constexprs) -> CompiledKernel | None:
+    def _through_triton(
+        self, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...]
+    ) -> CompiledKernel | None:
         """The long way: the first time, for a pointer that is not aligned (and then it matters which), and on another
         device than the current one. None from the interpreter."""
         args = [a.checked() if isinstance(a, Descriptor) else a for a in args]
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            compiled = kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+            compiled = self.kernel[grid](*args, **self.options)
         return compiled if isinstance(compiled, CompiledKernel) else None
 
 
-launch = _Launch()
+class _Kernels:
+    def __init__(self) -> None:
+        self._bound: dict[tuple[Any, ...], Bound] = {}
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        """Launches on the device of the first tensor, whichever is current; nothing where the grid is empty.
+
+        Args:
+            kernel: @triton.jit or @gluon.jit, or one that is `Bound`.
+            grid: one to three dimensions.
+            args: the kernel's run-time arguments, in order: tensors, Descriptors, numbers, None.
+            options: what `Bound` takes, num_warps and the constexprs; nothing for a kernel that is bound.
+        """
+        if type(kernel) is not Bound:
+            key = id(kernel), *options, *options.values()
+            bound = self._bound.get(key)
+            if bound is None:
+                bound = self._bound[key] = Bound(kernel, **options)
+            kernel = bound
+        kernel.launch(grid, args)
+
+
+launch = _Kernels().launch

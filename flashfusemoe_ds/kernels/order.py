@@ -19,7 +19,8 @@ TILE_ROWS = 128
 def max_tiles(num_routes: int, num_experts: int) -> int:
     """The most row tiles that any routing of `num_routes` routes can need: known to the host, unlike their number."""
     # sym_min: torch.compile may trace with a number of routes that is a symbol, and must not decide on it.
-    return num_routes // TILE_ROWS + torch.sym_min(num_routes, num_experts)
+    least = min if isinstance(num_routes, int) and isinstance(num_experts, int) else torch.sym_min
+    return num_routes // TILE_ROWS + least(num_routes, num_experts)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,15 @@ the backward: x, the gate, the logits [T, E] and the indices; scores are recompu
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flashfusemoe_ds.kernels.launch import launch
+from flashfusemoe_ds.kernels.launch import Bound, launch
 from flashfusemoe_ds.kernels.precision import mm32, without_autocast
 from flashfusemoe_ds.kernels.routing_backward import gate_gradients
 from flashfusemoe_ds.kernels.routing_rule import Rule, aux_factor_of, z_factor_of
@@ -246,6 +248,32 @@ def gate_product(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, bool]:
     return x_TD.float() @ weight_ED.float().T, False
 
 
+@functools.cache
+def _choose_bound(
+    rule: Rule, num_experts: int, has_bias: bool, is_split: bool, sum_probs: bool, sum_z: bool, count: bool
+) -> Bound:
+    return Bound(
+        _choose_kernel,
+        NUM_EXPERTS=num_experts,
+        TOP_K=rule.top_k,
+        SOFTMAX=rule.softmax,
+        AFTER_TOPK=rule.after_topk,
+        RENORMALIZE=rule.renormalize,
+        NUM_GROUPS=rule.num_groups,
+        TOP_GROUPS=rule.top_groups,
+        TOP2=rule.top2_sum,
+        HAS_BIAS=has_bias,
+        SPLIT=is_split,
+        SUM_PROBS=sum_probs,
+        SUM_Z=sum_z,
+        COUNT=count,
+        CHOICES=next_power_of_2(rule.top_k),
+        GROUPS=next_power_of_2(max(rule.num_groups, 1)),
+        **tile_of(num_experts),
+        num_warps=NUM_WARPS,
+    )
+
+
 def choose(
     product: Tensor,
     is_split: bool,
@@ -267,7 +295,7 @@ def choose(
     count = count or sum_probs
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=product.device)
+        return torch.empty(*shape, dtype=dtype, device=product.device)  # a tuple of sizes takes longer to parse
 
     programs = cdiv(num_tokens, tile["TOKENS"])
     if count or sum_z:
@@ -281,7 +309,7 @@ def choose(
     counts_BE = empty(programs, num_experts, dtype=torch.int32) if count else idx_TK
     if programs:
         launch(
-            _choose_kernel,
+            _choose_bound(rule, num_experts, bias_E is not None, is_split, sum_probs, sum_z, count),
             (programs,),
             product,
             logits_TE,
@@ -293,29 +321,12 @@ def choose(
             counts_BE,
             num_tokens,
             rule.scaling_factor,
-            NUM_EXPERTS=num_experts,
-            TOP_K=rule.top_k,
-            SOFTMAX=rule.softmax,
-            AFTER_TOPK=rule.after_topk,
-            RENORMALIZE=rule.renormalize,
-            NUM_GROUPS=rule.num_groups,
-            TOP_GROUPS=rule.top_groups,
-            TOP2=rule.top2_sum,
-            HAS_BIAS=bias_E is not None,
-            SPLIT=is_split,
-            SUM_PROBS=sum_probs,
-            SUM_Z=sum_z,
-            COUNT=count,
-            CHOICES=next_power_of_2(rule.top_k),
-            GROUPS=next_power_of_2(max(rule.num_groups, 1)),
-            **tile,
-            num_warps=NUM_WARPS,
         )
     if not (count or sum_z):
         return logits_TE, idx_TK, weight_TK, None, None, None
     counts_E = empty(num_experts, dtype=torch.int64) if count else None
-    aux_loss = empty() if sum_probs else None
-    z_loss = empty() if sum_z else None
+    aux_loss = product.new_empty(()) if sum_probs else None
+    z_loss = product.new_empty(()) if sum_z else None
     launch(
         _finish_kernel,
         (1,),

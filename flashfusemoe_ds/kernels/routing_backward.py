@@ -6,12 +6,14 @@ Scores are recomputed from the logits. Serves `routing` and `deepspeed_routing`,
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashfusemoe_ds.kernels.launch import launch
+from flashfusemoe_ds.kernels.launch import Bound, launch
 from flashfusemoe_ds.kernels.precision import mm32, without_autocast
 from flashfusemoe_ds.kernels.routing_rule import Rule, aux_factor_of, z_factor_of
 from flashfusemoe_ds.kernels.sizes import cdiv
@@ -175,6 +177,39 @@ def _add_parts_kernel(parts_ptr, out_ptr, numel, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, ((lo + mid) + hi).to(out_ptr.dtype.element_ty), mask=at < numel)
 
 
+@functools.cache
+def _dlogits_bound(
+    rule: Rule,
+    num_experts: int,
+    has_dweight: bool,
+    partials: int,
+    has_aux: bool,
+    has_z: bool,
+    parts: int,
+    floor: float,
+) -> Bound:
+    return Bound(
+        _dlogits_kernel,
+        NUM_EXPERTS=num_experts,
+        TOP_K=rule.top_k,
+        SOFTMAX=rule.softmax,
+        AFTER_TOPK=rule.after_topk,
+        RENORMALIZE=rule.renormalize,
+        HAS_DWEIGHT=has_dweight,
+        PARTIALS=partials,
+        HAS_AUX=has_aux,
+        HAS_Z=has_z,
+        PARTS=parts,
+        FLOOR=floor,
+        COPY_BLOCK=COPY_BLOCK,
+        **tile_of(num_experts),
+        num_warps=NUM_WARPS,
+    )
+
+
+_ADD_PARTS = Bound(_add_parts_kernel, BLOCK=COPY_BLOCK, num_warps=NUM_WARPS)
+
+
 def gate_gradients(
     x_TD: Tensor,
     gate_ED: Tensor,
@@ -217,9 +252,11 @@ def gate_gradients(
     if need_x and parts > 1:
         stacked = torch.empty((parts - 1) * num_experts, gate_ED.shape[1], dtype=dtype, device=x_TD.device)
         copy_programs = cdiv(gate_ED.numel(), COPY_BLOCK)
-    tile = tile_of(num_experts)
+    tile, partials = tile_of(num_experts), 0 if pos_TK is None else dweight_TK.shape[0]
     launch(
-        _dlogits_kernel,
+        _dlogits_bound(
+            rule, num_experts, dweight_TK is not None, partials, daux is not None, dz is not None, parts, floor
+        ),
         (copy_programs + cdiv(num_tokens, tile["TOKENS"]),),
         logits_TE,
         idx_TK,
@@ -238,20 +275,6 @@ def gate_gradients(
         z_factor_of(num_tokens, z_loss_coeff),
         gate_ED.numel(),
         copy_programs,
-        NUM_EXPERTS=num_experts,
-        TOP_K=rule.top_k,
-        SOFTMAX=rule.softmax,
-        AFTER_TOPK=rule.after_topk,
-        RENORMALIZE=rule.renormalize,
-        HAS_DWEIGHT=dweight_TK is not None,
-        PARTIALS=0 if pos_TK is None else dweight_TK.shape[0],
-        HAS_AUX=daux is not None,
-        HAS_Z=dz is not None,
-        PARTS=parts,
-        FLOOR=floor,
-        COPY_BLOCK=COPY_BLOCK,
-        **tile,
-        num_warps=NUM_WARPS,
     )
     dx = dgate = None
     # A backward may be called inside autocast, which would cast the products.
@@ -269,13 +292,11 @@ def gate_gradients(
     if need_gate:
         dgate = torch.empty_like(gate_ED)
         launch(
-            _add_parts_kernel,
+            _ADD_PARTS,
             (cdiv(dgate.numel(), COPY_BLOCK),),
             dgate_parts,
             dgate,
             dgate.numel(),
-            BLOCK=COPY_BLOCK,
-            num_warps=NUM_WARPS,
         )
     return dx, dgate
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashfusemoe_ds.kernels.launch import launch
+from flashfusemoe_ds.kernels.launch import Bound, launch
 from flashfusemoe_ds.kernels.precision import compute_dtype
 from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
 
@@ -125,6 +125,24 @@ def _block(width: int, element_size: int) -> tuple[int, int]:
     return elements // block_d, block_d
 
 
+@functools.cache
+def _gather_sum_bound(width: int, top_k: int, partials: int, dtype: torch.dtype, has_extra: bool) -> Bound:
+    block_r, block_d = _block(width, dtype.itemsize)
+    return Bound(
+        _gather_sum_kernel,
+        D=width,
+        K=top_k,
+        P=partials,
+        ACC=TRITON_DTYPE[compute_dtype(dtype)],
+        HAS_EXTRA=has_extra,
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+        BLOCK=ROUTES_PER_PROGRAM,
+        UNROLL=UNROLL,
+        num_warps=NUM_WARPS,
+    )
+
+
 def gather_sum(
     y_ND: Tensor, pos_RK: Tensor, ds_PN: Tensor | None = None, extra_RD: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +162,7 @@ def gather_sum(
     block_r, block_d = _block(width, y_ND.element_size())
     programs = partial_programs + cdiv(num_rows, block_r) * cdiv(width, block_d)
     launch(
-        _gather_sum_kernel,
+        _gather_sum_bound(width, top_k, partials, y_ND.dtype, extra_RD is not None),
         (programs,),
         y_ND,
         pos_RK,
@@ -155,15 +173,5 @@ def gather_sum(
         num_rows,
         num_routes,
         partial_programs,
-        D=width,
-        K=top_k,
-        P=partials,
-        ACC=TRITON_DTYPE[compute_dtype(y_ND.dtype)],
-        HAS_EXTRA=extra_RD is not None,
-        BLOCK_R=block_r,
-        BLOCK_D=block_d,
-        BLOCK=ROUTES_PER_PROGRAM,
-        UNROLL=UNROLL,
-        num_warps=NUM_WARPS,
     )
     return out_RD, dweight_RK

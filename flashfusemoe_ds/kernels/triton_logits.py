@@ -7,6 +7,10 @@ and the cut of a float32 into three bf16 numbers. And how large a tile is, and h
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import triton
 import triton.language as tl
@@ -30,13 +34,14 @@ NEVER = tl.constexpr(-0x80000000)
 CLOSED = tl.constexpr(-0x7FFFFFFF)
 
 
-def tile_of(num_experts: int) -> dict[str, int]:
+@functools.cache
+def tile_of(num_experts: int) -> Mapping[str, int]:
     """The constexprs that say how much of the logits is in registers at a time."""
     experts = max(4, next_power_of_2(num_experts))
-    return {"EXPERTS": experts, "TOKENS": max(1, min(MAX_TOKENS, TILE // experts))}
+    return MappingProxyType({"EXPERTS": experts, "TOKENS": max(1, min(MAX_TOKENS, TILE // experts))})
 
 
-def max_programs(tile: dict[str, int]) -> int:
+def max_programs(tile: Mapping[str, int]) -> int:
     """Programs of a kernel that leaves one row of partial sums each."""
     return min(MAX_PARTIALS, max(128, PARTIALS // tile["EXPERTS"]))
 

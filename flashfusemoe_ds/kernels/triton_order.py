@@ -13,12 +13,14 @@ The entry points are plain functions of tensors and integers; `order.sort_by_exp
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashfusemoe_ds.kernels.launch import launch
+from flashfusemoe_ds.kernels.launch import Bound, launch
 from flashfusemoe_ds.kernels.sizes import cdiv, next_power_of_2
 
 MAX_BLOCKS = 128
@@ -208,6 +210,29 @@ def _scatter_kernel(
         )  # fmt: skip
 
 
+@functools.cache
+def _order_bound(num_experts: int, tile_rows: int) -> tuple[Bound, Bound, int]:
+    """The two kernels, and by how many programs the second describes the experts."""
+    bins = max(32, next_power_of_2(num_experts + 2))
+    part = min(64, max(16, PAIRS // bins))
+    parts = max(1, cdiv(num_experts, part))
+    count = Bound(_count_kernel, NUM_EXPERTS=num_experts, BINS=bins, CHUNK=COUNT_CHUNK, num_warps=4)
+    scatter = Bound(
+        _scatter_kernel,
+        NUM_EXPERTS=num_experts,
+        BINS=bins,
+        CHUNK=SCATTER_CHUNK,
+        RANK_COLUMNS=RANK_COLUMNS,
+        PARTS=parts,
+        PART=part,
+        ROWS=max(1, COUNT_TILE // bins),
+        PART_ROWS=COUNT_TILE // part,
+        TILE_ROWS=tile_rows,
+        num_warps=8,
+    )
+    return count, scatter, parts
+
+
 def sort_routes(
     idx_RK: Tensor, num_experts: int, num_routes: int, tile_rows: int, max_tiles: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -223,32 +248,20 @@ def sort_routes(
     num_entries = idx_RK.numel()
     num_blocks = max(1, min(MAX_BLOCKS, cdiv(num_entries, SCATTER_CHUNK)))
     per_block = cdiv(cdiv(num_entries, num_blocks), SCATTER_CHUNK) * SCATTER_CHUNK
-    bins = max(32, next_power_of_2(num_experts + 2))
-    part = min(64, max(16, PAIRS // bins))
-    parts = max(1, cdiv(num_experts, part))
+    count, scatter, parts = _order_bound(num_experts, tile_rows)
+    device = idx_RK.device
 
     def ints(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=idx_RK.device)
+        return torch.empty(*shape, dtype=torch.int32, device=device)  # a tuple of sizes takes longer to parse
 
     counts_BE = ints(num_blocks, num_experts + 1)
     fields = (
         ints(num_routes), ints(num_routes), ints(*idx_RK.shape), ints(num_experts), ints(1),
         ints(max_tiles, 4), ints(num_experts, 3),
     )  # fmt: skip
+    launch(count, (num_blocks,), idx_RK, counts_BE, num_entries, per_block)
     launch(
-        _count_kernel,
-        (num_blocks,),
-        idx_RK,
-        counts_BE,
-        num_entries,
-        per_block,
-        NUM_EXPERTS=num_experts,
-        BINS=bins,
-        CHUNK=COUNT_CHUNK,
-        num_warps=4,
-    )
-    launch(
-        _scatter_kernel,
+        scatter,
         (parts + num_blocks,),
         idx_RK,
         counts_BE,
@@ -259,15 +272,5 @@ def sort_routes(
         num_routes,
         max_tiles,
         max(idx_RK.shape[1], 1),
-        NUM_EXPERTS=num_experts,
-        BINS=bins,
-        CHUNK=SCATTER_CHUNK,
-        RANK_COLUMNS=RANK_COLUMNS,
-        PARTS=parts,
-        PART=part,
-        ROWS=max(1, COUNT_TILE // bins),
-        PART_ROWS=COUNT_TILE // part,
-        TILE_ROWS=tile_rows,
-        num_warps=8,
     )
     return fields

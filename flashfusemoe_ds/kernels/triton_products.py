@@ -133,7 +133,7 @@ def _operands(use_tma: bool, *operands: tuple[Tensor, tuple[int, ...]]) -> tuple
     if not use_tma:
         return False, tensors
     blocks = [block for _, block in operands]
-    return True, [Descriptor(t, tuple(t.shape), t.stride(), block) for t, block in zip(tensors, blocks, strict=True)]
+    return True, [Descriptor(t, block) for t, block in zip(tensors, blocks, strict=True)]
 
 
 def _row_options(tiles: Tiles) -> dict[str, int]:

@@ -194,14 +194,15 @@ class MoELayer(nn.Module):
 
     def _on_this_gpu(self, x_TD: Tensor, rows_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The layer where nothing is dropped or sent: y [T, D] and the losses."""
-        router = self.router
-        (w_up, w_down, b_up, b_down), products = self.experts.operands(rows_TD)
+        router, experts = self.router, self.experts  # nn.Module looks longer for what is not in its __dict__
+        (w_up, w_down, b_up, b_down), products = experts.operands(rows_TD)
+        counts = router.counts
         y_TD, losses, counts_E = route_to_experts(
-            x_TD, rows_TD, router.weight, w_up, w_down, self.experts.activation, products, router.gating, self.top_k,
+            x_TD, rows_TD, router.weight, w_up, w_down, experts.activation, products, router.gating, self.top_k,
             router.aux_loss_coeff, router.z_loss_coeff, b_up=b_up, b_down=b_down, bias_E=router.bias_E,
-            count=router.counts, recompute=self.experts.recompute_activations,
+            count=counts, recompute=experts.recompute_activations,
         )  # fmt: skip
-        if router.counts:
+        if counts:
             router.tally(counts_E)
         if self.shared_experts is not None:
             # Nobody else has seen these sums yet, so that they may be added to in place.

@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from flashfusemoe_ds.kernels.activation import get_activation
+from flashfusemoe_ds.kernels.launch import Bound
 from flashfusemoe_ds.kernels.order import ExpertOrder, max_tiles
 
 TYPES = {
@@ -168,10 +169,13 @@ def _cuobjdump(*arguments: str) -> str:
 def record(
     module: ModuleType, name: str, expects: tuple[str, ...] = ("HGMMA",), capability: int = 90
 ) -> Iterator[list[Launch]]:
-    """Collects what goes through module.launch(kernel, grid, *args, **options) instead of launching it."""
+    """Collects what goes through module.launch(kernel, grid, *args, **options) instead of launching it; the kernel may
+    be `Bound` to its options."""
     launches: list[Launch] = []
 
     def note(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        if isinstance(kernel, Bound):
+            kernel, options = kernel.kernel, kernel.options
         label = f"{name} {kernel.__name__} #{len(launches)}"
         launches.append(describe(label, kernel, args, options, expects, capability))
 
