@@ -249,7 +249,7 @@ class Case:
             Line(self.name, f"{what}, the plan's own costs", "ms", usual.exchange_ms + usual.exchange_fixed_ms,
                  measured),
         ]  # fmt: skip
-        text = f"{self.name}, us of one exchange; two batches by which it was calibrated, then a step's layers:\n\n"
+        text = f"{self.name}, us of one exchange; three batches by which it was calibrated, then a step's layers:\n\n"
         text += times_table(samples + as_samples([operation for _, operation in of_step], ms_of_step))
         return lines, f"{text}\n\ncalibrated here: {flags(cost)}"
 
