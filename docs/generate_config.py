@@ -45,13 +45,14 @@ FOOTER = """\
 - `overlap_dense_grads` also sets `zero_optimization.overlap_comm` and `reduce_bucket_size` at ZeRO stages 1 and 2,
   where the config does not say otherwise. The configurations it leaves to DeepSpeed, and `exact_grad_norm`, are in
   [zero_and_checkpoints.md](zero_and_checkpoints.md).
-- `gemm_backend` and `recompute_activations` concern fused experts. Experts that run one by one (see
-  [migrating_from_deepspeed_moe.md](migrating_from_deepspeed_moe.md#which-experts-are-fused)) ignore them.
+- `gemm_backend`, `recompute_activations` and `recompute_dispatch` concern fused experts. Experts that run one by one
+  (see [migrating_from_deepspeed_moe.md](migrating_from_deepspeed_moe.md#which-experts-are-fused)) ignore them.
 - `ep_backend` "deep_ep" needs the package of that name, "symm_mem" GPUs of one host, "hybrid" takes what is there; see
   [expert_parallelism.md](expert_parallelism.md). `gemm_backend` "triton" needs a CUDA GPU of compute capability 8.0 or
   more. `python -m flashfusemoe_ds.report` prints what runs on a machine, and why the rest does not.
-- `MoELayer` and `fused_moe` read no config: `gemm_backend` and `recompute_activations` are arguments there, and
-  `shard_experts` takes the `ep_backend` and, as dicts, the sections `deep_ep`, `symm_mem` and `overlap`.
+- `MoELayer` and `fused_moe` read no config: `gemm_backend` and `recompute_activations`, and `MoELayer`'s
+  `recompute_dispatch`, are arguments there, and `shard_experts` takes the `ep_backend` and, as dicts, the sections
+  `deep_ep`, `symm_mem` and `overlap`.
 - `overlap.shared_experts` concerns `MoELayer`, whose shared experts are its own.
 """
 

@@ -85,6 +85,11 @@ class FlashFuseMoEConfig(_Section):
     recompute_activations: bool = Field(
         False, description="Keep only the layer's input for the backward and recompute the up-projection."
     )
+    recompute_dispatch: bool = Field(
+        False,
+        description="Between expert-parallel ranks, keep the rows that a rank sent, not those that it received, and "
+        "send them again in the backward: one exchange more, for all that a rank receives.",
+    )
     log_expert_load: Literal[False, True, "brief", "layers", "experts"] = Field(
         False,
         description="Write expert load to DeepSpeed's monitor as `Train/MoE/*`: `brief` (or true) over all layers, "

@@ -59,13 +59,13 @@ class Subject:
 
     def configure(
         self, ep_size: int, skew: float, room: Callable[[MoEShape], tuple[int, int] | None], dtype: torch.dtype,
-        recompute: bool, input_grad_first: bool,
+        recompute: bool, redispatch: bool, input_grad_first: bool,
     ) -> list[Load]:  # fmt: skip
         """Sizes every layer for an ep_size; returns their loads."""
         loads = []
         for layer in self.experts:
             load = expected_load(layer.shape, self.tokens, ep_size, skew, room(layer.shape))
-            layer.configure(load, dtype, recompute, input_grad_first)
+            layer.configure(load, dtype, recompute, redispatch, input_grad_first)
             loads.append(load)
         return loads
 

@@ -106,12 +106,15 @@ class PlannedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.shapes, self.extra_kept = shape, params, extra_kept
-        self.itemsize, self.load, self.recompute, self.input_grad_first = 0, None, False, True
+        self.itemsize, self.load, self.input_grad_first = 0, None, True
+        self.recompute = self.redispatch = False
 
-    def configure(self, load: Load, dtype: torch.dtype, recompute: bool, input_grad_first: bool) -> None:
+    def configure(
+        self, load: Load, dtype: torch.dtype, recompute: bool, redispatch: bool, input_grad_first: bool
+    ) -> None:
         """Takes what is planned, and this rank's share of the parameters."""
         self.load, self.itemsize = load, dtype.itemsize
-        self.recompute, self.input_grad_first = recompute, input_grad_first
+        self.recompute, self.redispatch, self.input_grad_first = recompute, redispatch, input_grad_first
         for name, (_, *sizes) in self.shapes.items():
             weight = torch.empty(load.local_experts, *sizes, dtype=dtype, device="meta")
             self.register_parameter(name, nn.Parameter(weight))
@@ -129,27 +132,29 @@ class PlannedExperts(nn.Module):
     def kept(self) -> dict[str, int]:
         """Bytes kept from the forward to the backward, by name, with `extra_kept` as "router"; after `configure`."""
         assert self.load is not None
-        kept = kept_bytes(self.shape, self.load, self.itemsize, self.recompute)
+        kept = kept_bytes(self.shape, self.load, self.itemsize, self.recompute, self.redispatch)
         return kept if self.extra_kept is None else {**kept, "router": self.extra_kept(self.load.tokens)}
 
     def phases(self) -> list[Phase]:
         """The backward's moments and their bytes beyond what is kept; after `configure`."""
         assert self.load is not None
         return backward_phases(
-            self.shape, self.load, self.itemsize, self.recompute, input_grad_first=self.input_grad_first
-        )
+            self.shape, self.load, self.itemsize, self.recompute, self.redispatch,
+            input_grad_first=self.input_grad_first,
+        )  # fmt: skip
 
     def forward_bytes(self) -> int:
         """The most that the forward has allocated beside what is kept; after `configure`."""
         assert self.load is not None
-        return forward_bytes(self.shape, self.load, self.itemsize, self.recompute)
+        return forward_bytes(self.shape, self.load, self.itemsize, self.recompute, self.redispatch)
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, experts, *params):
         kept = experts.kept()
-        alias = experts.load.ep_size == 1  # X is the layer's input, which others may keep too
+        # Where X is the layer's input, others may keep it too.
+        alias = experts.load.ep_size == 1 or experts.redispatch
         held = _bytes(x, sum(kept.values()) - (kept["X"] if alias else 0))
         _bytes(x, experts.forward_bytes())  # and freed
         ctx.save_for_backward(held, x if alias else None, *params)

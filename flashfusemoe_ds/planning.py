@@ -119,18 +119,22 @@ def expected_load(
 # --- a layer's memory --------------------------------------------------------------------------------------------
 
 
-def kept_bytes(shape: MoEShape, load: Load, itemsize: int, recompute: bool = False) -> dict[str, int]:
+def kept_bytes(
+    shape: MoEShape, load: Load, itemsize: int, recompute: bool = False, redispatch: bool = False
+) -> dict[str, int]:
     """What the experts and their exchange keep between forward and backward of one layer, by name.
 
-    X is the layer's own input with one rank, else the rows that were received; the router's tensors are not in here.
+    X is the layer's own input with one rank, else the rows that were received, or with redispatch those that were
+    sent, the layer's input again; the router's tensors are not in here.
 
     Args:
         itemsize: bytes of an element of the rows.
         recompute: recompute_activations.
+        redispatch: recompute_dispatch.
     """
     order = order_shapes((load.rows, shape.top_k), load.local_experts, load.routes)
     kept = {
-        "X": load.rows * shape.hidden_size * itemsize,
+        "X": (load.tokens if redispatch else load.rows) * shape.hidden_size * itemsize,
         "H": 0 if recompute else load.routes * shape.up_width * itemsize,
         "weights": 4 * load.rows * shape.top_k,
         "order": 4 * sum(math.prod(sizes) for sizes in order),
@@ -145,17 +149,20 @@ def router_bytes(num_tokens: int, num_experts: int, top_k: int) -> int:
     return num_tokens * (4 * num_experts + 8 * top_k)
 
 
-def forward_bytes(shape: MoEShape, load: Load, itemsize: int, recompute: bool = False) -> int:
+def forward_bytes(
+    shape: MoEShape, load: Load, itemsize: int, recompute: bool = False, redispatch: bool = False
+) -> int:
     """The most that the forward of one layer has allocated beside what it keeps, its output included."""
     row = shape.hidden_size * itemsize
     activated = load.routes * (shape.intermediate_size * itemsize + row)  # A and the experts' outputs
     if recompute:
         activated += load.routes * shape.up_width * itemsize
-    phases = [activated + load.rows * row]
+    received = load.rows * row if redispatch and load.ep_size > 1 else 0
+    phases = [received + activated + load.rows * row]
     if load.ep_size > 1:
         slots = load.tokens * min(shape.top_k, load.ep_size)
         phases.append(slots * (row + 8 * shape.top_k))  # rows spread before their number is known, ids and weights
-        phases.append((load.rows + load.sent + load.tokens) * row)
+        phases.append(received + (load.rows + load.sent + load.tokens) * row)
     return max(phases)
 
 
@@ -167,7 +174,13 @@ class Phase(NamedTuple):
 
 
 def backward_phases(
-    shape: MoEShape, load: Load, itemsize: int, recompute: bool = False, *, input_grad_first: bool = True
+    shape: MoEShape,
+    load: Load,
+    itemsize: int,
+    recompute: bool = False,
+    redispatch: bool = False,
+    *,
+    input_grad_first: bool = True,
 ) -> list[Phase]:
     """The backward of one layer, moment by moment; gradients of the experts' weights are counted where they appear.
 
@@ -182,6 +195,8 @@ def backward_phases(
     dw_down = load.local_experts * shape.hidden_size * shape.intermediate_size * itemsize
     dx = load.rows * row
     dout = load.rows * row if parallel else 0  # with one rank, autograd has it already
+    if redispatch and parallel:
+        dout += load.rows * row  # X, here again
     # dX as it lies, as the other ranks' comes home, and as it is added up.
     home = (load.sent + load.tokens) * row if parallel else 0
     beside = home if input_grad_first else 0
@@ -250,10 +265,11 @@ def exchange_bytes(shape: MoEShape, num_rows: int, itemsize: int) -> Exchanges:
     return Exchanges(row + 2 * words, row, row, row + words)
 
 
-def exchange_counts(checkpointing: bool) -> Exchanges:
-    """How often a layer does each in one micro batch. Activation checkpointing runs the forward again."""
+def exchange_counts(checkpointing: bool, redispatch: bool = False) -> Exchanges:
+    """How often a layer does each in one micro batch. Activation checkpointing runs the forward again, and
+    recompute_dispatch sends X again."""
     forwards = 2 if checkpointing else 1
-    return Exchanges(dispatch=forwards, combine=forwards, redispatch=1, combine_grads=1)
+    return Exchanges(dispatch=forwards, combine=forwards, redispatch=2 if redispatch else 1, combine_grads=1)
 
 
 def exchange_us(sizes: Exchanges, counts: Exchanges, cost: ExchangeCost) -> tuple[float, float]:

@@ -233,7 +233,7 @@ def test_what_a_model_keeps_is_what_it_keeps_when_run(name: str, configs: Callab
 
 
 def _numel(subject: Any, ep_size: int = 1) -> int:
-    subject.configure(ep_size, 1.0, no_room, torch.float32, False, True)
+    subject.configure(ep_size, 1.0, no_room, torch.float32, False, False, True)
     return sum(p.numel() for p in subject.model.parameters())
 
 
@@ -256,7 +256,7 @@ def test_the_peak_follows_the_phases() -> None:
     """One layer: the trace's peak is what was kept, X aside, and the largest phase, plus what autograd adds."""
     shape = MoEShape(64, 512, 1024, num_experts=4, top_k=2)
     subject = from_shape(shape, 2000, 1, torch.bfloat16)
-    (load,) = subject.configure(1, 1.0, no_room, torch.bfloat16, False, True)
+    (load,) = subject.configure(1, 1.0, no_room, torch.bfloat16, False, False, True)
     found = trace(subject.model, subject.loss, ALONE, accumulate=False,
                   inputs=subject.inputs)  # fmt: skip
     kept = planning.kept_bytes(shape, load, 2)
@@ -288,7 +288,7 @@ class _Counting(types.ModuleType):
         return torch.distributed.all_to_all_single(out, rows, *args, **kwargs)
 
 
-def _exchange(rank: int, world: int) -> dict[str, Any]:
+def _exchange(rank: int, world: int, redispatch: bool) -> dict[str, Any]:
     """A forward and backward of one layer's experts at ep_size 2: bytes sent and kept, rows and routes."""
     from flashfusemoe_ds.dispatch.nccl import NcclDispatcher
     from flashfusemoe_ds.nn.experts import GroupedExperts
@@ -300,7 +300,7 @@ def _exchange(rank: int, world: int) -> dict[str, Any]:
     idx = torch.rand(T, E, generator=generator).topk(K, dim=1)[1]
     weight = torch.rand(T, K, generator=generator).requires_grad_()
     x = torch.randn(T, D, generator=generator).requires_grad_()
-    module = GroupedExperts(E // world, D, F, "swiglu")
+    module = GroupedExperts(E // world, D, F, "swiglu", recompute_dispatch=redispatch)
     comm = _Counting(rank)
     transport = NcclDispatcher(torch.distributed.group.WORLD, E, comm)
     box: list[Tensor] = []
@@ -429,22 +429,26 @@ def _medians(exchange_cost: Any, rank: int) -> list[float]:
         return exchange_cost.slowest_ms(found, torch.device("cpu"), samples=5)
 
 
-def _on_two_ranks(rank: int, world: int) -> tuple[dict[str, Any], dict[Any, Any], Checks]:
-    return _exchange(rank, world), _states(rank, world), _plan_check(rank, world)
+def _on_two_ranks(rank: int, world: int) -> tuple[list[dict[str, Any]], dict[Any, Any], Checks]:
+    exchanges = [_exchange(rank, world, redispatch) for redispatch in (False, True)]
+    return exchanges, _states(rank, world), _plan_check(rank, world)
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[tuple[dict[str, Any], dict[Any, Any], Checks]]:
+def two_ranks() -> list[tuple[list[dict[str, Any]], dict[Any, Any], Checks]]:
     return run_ranks(2, _on_two_ranks)
 
 
-def test_wire_bytes_are_what_the_transport_sends(two_ranks: list[Any]) -> None:
+@pytest.mark.parametrize("redispatch", [False, True])
+def test_wire_bytes_are_what_the_transport_sends(two_ranks: list[Any], redispatch: bool) -> None:
     shape = MoEShape(16, 24, 48, num_experts=8, top_k=2)
-    exchanges = [rank[0] for rank in two_ranks]
+    exchanges = [rank[0][redispatch] for rank in two_ranks]
+    times = planning.exchange_counts(checkpointing=False, redispatch=redispatch)
     for rank, seen in enumerate(exchanges):
         back = exchanges[1 - rank]["sent_rows"]  # rows go out with dispatch, those of the other rank with combine
         out, home = (planning.exchange_bytes(shape, rows, 4) for rows in (seen["sent_rows"], back))
-        assert seen["sent_bytes"] == out.dispatch + out.redispatch + home.combine + home.combine_grads
+        sent_again = times.redispatch * out.redispatch
+        assert seen["sent_bytes"] == out.dispatch + sent_again + home.combine + home.combine_grads
     load = expected_load(shape, 4000, 2)
     for rank in range(2):
         rows = sum(seen["rows_to"][rank] for seen in exchanges)
@@ -452,13 +456,15 @@ def test_wire_bytes_are_what_the_transport_sends(two_ranks: list[Any]) -> None:
         assert exchanges[rank]["sent_rows"] == pytest.approx(load.received, rel=0.02)
 
 
-def test_kept_bytes_of_an_exchange(two_ranks: list[Any]) -> None:
+@pytest.mark.parametrize("redispatch", [False, True])
+def test_kept_bytes_of_an_exchange(two_ranks: list[Any], redispatch: bool) -> None:
     shape = MoEShape(16, 24, 48, num_experts=8, top_k=2)
-    for rank, (seen, _, _) in enumerate(two_ranks):
-        rows = sum(other["rows_to"][rank] for other, _, _ in two_ranks)
-        routes = sum(other["routes_to"][rank] for other, _, _ in two_ranks)
+    exchanges = [rank[0][redispatch] for rank in two_ranks]
+    for rank, seen in enumerate(exchanges):
+        rows = sum(other["rows_to"][rank] for other in exchanges)
+        routes = sum(other["routes_to"][rank] for other in exchanges)
         load = planning.Load(4000, 2, 4, rows, routes, received=0, sent=0)
-        kept = planning.kept_bytes(shape, load, 4)
+        kept = planning.kept_bytes(shape, load, 4, redispatch=redispatch)
         # The slots are the transport's, which autograd does not see.
         assert seen["kept"] == sum(kept.values()) - kept["slots"]
         assert kept["slots"] == 4 * 4000 * 2

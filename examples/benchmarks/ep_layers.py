@@ -22,6 +22,7 @@ def ours(
     overlap: bool = True,
     capacity_factor: float | None = None,
     num_shared_experts: int = 0,
+    recompute_dispatch: bool = False,
 ) -> Layer:
     """MoELayer over the ranks of `bench.group`. Every rank draws its own shared experts, unless the weights hold
     one."""
@@ -29,7 +30,7 @@ def ours(
 
     buffers = {"max_tokens_per_rank": bench.shape.T}
     room = {} if capacity_factor is None else {"capacity_factor": capacity_factor}
-    layer = moe_layer(bench, num_shared_experts=num_shared_experts)
+    layer = moe_layer(bench, num_shared_experts=num_shared_experts, recompute_dispatch=recompute_dispatch)
     bench.meet()
     try:
         layer.shard_experts(

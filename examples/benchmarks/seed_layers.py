@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed_layers
 import ep_layers
@@ -46,29 +46,39 @@ class Variant:
     rival: str = ""
 
 
-def transport(name: str) -> tuple[str, float | None]:
-    """ "symm_mem:2" -> ("symm_mem", 2.0): with room for so many times the mean of routes, so that no host waits.
+class Transport(NamedTuple):
+    """Our transport between ranks: "symm_mem:2" has room for twice the mean of routes, so that no host waits, and
+    "nccl+again" sends rows again in the backward instead of keeping what was received (recompute_dispatch)."""
+
+    ep_backend: str
+    capacity_factor: float | None
+    again: bool
+
+
+def transport(name: str) -> Transport:
+    """Reads a name of one.
 
     Raises:
-        ValueError: another transport with room, or room that is no positive number.
+        ValueError: another transport than symm_mem with room, or room that is no positive number.
     """
-    ep_backend, colon, room = name.partition(":")
+    whole, again = name.removesuffix("+again"), name.endswith("+again")
+    ep_backend, colon, room = whole.partition(":")
     if not colon:
-        return ep_backend, None
+        return Transport(ep_backend, None, again)
     try:
         capacity_factor = float(room)
     except ValueError:
         capacity_factor = 0.0
     if ep_backend != "symm_mem" or not capacity_factor > 0:
         raise ValueError(f"--ep_backend {name}: only symm_mem takes a capacity_factor, a positive number: symm_mem:2")
-    return ep_backend, capacity_factor
+    return Transport(ep_backend, capacity_factor, again)
 
 
 def ours(bench: Bench, ep_backend: str) -> Layer:
     if bench.group is None:
         return layers.ours(bench)
-    name, capacity_factor = transport(ep_backend)
-    return ep_layers.ours(bench, name, capacity_factor=capacity_factor)
+    name, capacity_factor, again = transport(ep_backend)
+    return ep_layers.ours(bench, name, capacity_factor=capacity_factor, recompute_dispatch=again)
 
 
 def variants(ep_backends: Sequence[str] = ("nccl",)) -> dict[str, Variant]:

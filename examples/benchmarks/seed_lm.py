@@ -74,8 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--ep_backend",
         nargs="+",
         default=["nccl"],
-        help="our transport between expert-parallel ranks, or symm_mem:2 with its capacity_factor; further ones get "
-        "rows of their own (default: nccl)",
+        help="our transport between expert-parallel ranks, symm_mem:2 with its capacity_factor, nccl+again with "
+        "recompute_dispatch; further ones get rows of their own (default: nccl)",
     )
     what.add_argument(
         "--compile", choices=("model", "blocks"), default="model", help="what is one call to torch.compile"
@@ -106,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.ep_backend[1:] and args.model.ep_size == 1:
             raise ValueError(f"--ep_backend {' '.join(args.ep_backend)}: at EP=1 nothing is exchanged; name one")
         for name in args.ep_backend:
-            check_backend(transport(name)[0])
+            check_backend(transport(name).ep_backend)
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     return args

@@ -291,6 +291,7 @@ class FusedGroupedExperts(StockGroupedExperts):
     def configure(self, section: FlashFuseMoEConfig, dispatcher: Dispatcher) -> None:
         """Takes the section's settings and the layer's transport."""
         self.gemm_backend, self.recompute_activations = section.gemm_backend, section.recompute_activations
+        self.recompute_dispatch = section.recompute_dispatch
         self.overlap, self.dispatcher = section.overlap, dispatcher
 
     @property

@@ -118,6 +118,7 @@ class FusedMOELayer(StockMOELayer):
         if isinstance(self.experts, FusedExperts):
             self.experts.gemm_backend = config.gemm_backend
             self.experts.recompute_activations = config.recompute_activations
+            self.experts.recompute_dispatch = config.recompute_dispatch
         self._bind()
 
     def _set_ep_group(self, ep_group) -> None:

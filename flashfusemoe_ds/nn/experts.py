@@ -53,6 +53,7 @@ class GroupedExperts(nn.Module):
     Attributes:
         gemm_backend: None for the fastest that runs, or a name.
         recompute_activations: keep only X for the backward.
+        recompute_dispatch: across ranks, keep the rows sent, not those received, and send them again in the backward.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class GroupedExperts(nn.Module):
         down_bias: bool = False,
         gemm_backend: str | None = None,
         recompute_activations: bool = False,
+        recompute_dispatch: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,6 +76,7 @@ class GroupedExperts(nn.Module):
         self.activation = get_activation(activation)
         check_gemm_backend(gemm_backend)
         self.gemm_backend, self.recompute_activations = gemm_backend, recompute_activations
+        self.recompute_dispatch = recompute_dispatch
         width = self.activation.up_width(intermediate_size)
         self.up_name = "gate_up_proj" if self.activation.gated else "up_proj"
 

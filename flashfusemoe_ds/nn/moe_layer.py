@@ -56,6 +56,8 @@ class MoELayer(nn.Module):
         aux_loss_coeff: where positive, `losses` holds "aux_loss", the load-balancing loss times this.
         z_loss_coeff: where positive, `losses` holds "z_loss", the router's z-loss times this.
         recompute_activations: keep only the experts' input for the backward.
+        recompute_dispatch: once experts are sharded, keep the rows that this rank sent, not those that it received,
+            and send them again in the backward.
         gemm_backend: "triton", "grouped_mm" or "reference"; None for the fastest that runs on the operands.
 
     Initialisation: gate kaiming_uniform times 0.01, every expert's matrices kaiming_uniform on their own.
@@ -77,6 +79,7 @@ class MoELayer(nn.Module):
         aux_loss_coeff: float = 0.0,
         z_loss_coeff: float = 0.0,
         recompute_activations: bool = False,
+        recompute_dispatch: bool = False,
         gemm_backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -108,6 +111,7 @@ class MoELayer(nn.Module):
             activation,
             gemm_backend=gemm_backend,
             recompute_activations=recompute_activations,
+            recompute_dispatch=recompute_dispatch,
         )
         self.latent_down = nn.Linear(d_model, latent_dim, bias=False) if latent_dim else None
         self.latent_up = nn.Linear(latent_dim, d_model, bias=False) if latent_dim else None

@@ -5,6 +5,7 @@
                experts
                combine                     | shared experts, if they are still at it
     backward   replayed dispatch of dY     | the shared experts' backward, on their stream
+               (and of x, where the received rows were not kept)
                dgated, dX
                combine of dX and dweight   | dW_down, dW_up, then the router's backward
 
@@ -113,7 +114,7 @@ class _ParallelExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, weight_TK, w_up, w_down, b_up, b_down, w_gate, travelling, dispatcher, activation, products,
-                recompute, overlap, late):  # fmt: skip
+                recompute, redispatch, overlap, late):  # fmt: skip
         weights = w_up, w_down, b_up, b_down, w_gate
         w_up, w_down, b_up, b_down, w_gate = cast = cast_to(x_TD.dtype, *weights)
         with Range("dispatch.wait"):
@@ -123,10 +124,11 @@ class _ParallelExperts(torch.autograd.Function):
                 sent.x_RD, sent.weight_RK, join(w_gate, w_up), w_down, b_up, b_down, sent.idx_RK, sent.num_routes,
                 activation, products,
             )  # fmt: skip
-        kept_h = None if recompute else h_NH
-        ctx.save_for_backward(sent.x_RD, kept_h, sent.weight_RK, *to_keep(weights, cast), *order.tensors())
+        # The router keeps x_TD anyway. What this rank received is more, the wider the group and the fuller the rank.
+        kept_x, kept_h = x_TD if redispatch else sent.x_RD, None if recompute else h_NH
+        ctx.save_for_backward(kept_x, kept_h, sent.weight_RK, *to_keep(weights, cast), *order.tensors())
         ctx.handle, ctx.dispatcher, ctx.activation, ctx.products = sent.handle, dispatcher, activation, products
-        ctx.overlap, ctx.late = overlap, late
+        ctx.redispatch, ctx.overlap, ctx.late = redispatch, overlap, late
         with Range("combine"):
             return dispatcher.start_combine(y_RD.contiguous(), sent.handle).rows.wait()
 
@@ -136,6 +138,9 @@ class _ParallelExperts(torch.autograd.Function):
         dispatcher, handle = ctx.dispatcher, ctx.handle
         # Unpacked once: activation checkpointing hands it out once.
         x_RD, kept_h, weight_RK, *saved = ctx.saved_tensors
+        if ctx.redispatch:
+            with Range("backward.redispatch_x"):
+                x_RD = dispatcher.start_redispatch(x_RD.contiguous(), handle).wait()
         with Range("backward.redispatch"):
             travelling = dispatcher.start_redispatch(dy_TD.contiguous(), handle)
             w_up, w_down, b_up, b_down, w_gate = cast_to(x_RD.dtype, *saved[:5])
@@ -168,7 +173,7 @@ class _ParallelExperts(torch.autograd.Function):
             ctx.late.arriving = rows
             # For its shape alone, which is dX's; `_Late` has dX itself.
             dx_TD = dy_TD
-        return dx_TD, dweight_TK, *dparameters, *(None,) * 7
+        return dx_TD, dweight_TK, *dparameters, *(None,) * 8
 
 
 def start_dispatch(dispatcher: Dispatcher, rows_TD: Tensor, routing: Routing) -> Pending[Dispatched]:
@@ -196,7 +201,7 @@ def parallel_experts(
     w_gate, w_up = w_up if isinstance(w_up, tuple) else (None, w_up)
     return _ParallelExperts.apply(
         rows_TD, routing.weight_TK, w_up, w_down, b_up, b_down, w_gate, travelling, dispatcher, experts.activation,
-        products, experts.recompute_activations, overlap, late,
+        products, experts.recompute_activations, experts.recompute_dispatch, overlap, late,
     )  # fmt: skip
 
 

@@ -104,7 +104,8 @@ def training(rank: int, world: int) -> dict[str, list[float]]:
     curves = {}
     for backend, recompute in (("nccl", False), ("deep_ep", False), ("deep_ep", True)):
         torch.manual_seed(0)
-        moe = MoELayer(HIDDEN, 2 * HIDDEN, 8, 2, num_shared_experts=1, recompute_activations=recompute)
+        again = {"recompute_activations": recompute, "recompute_dispatch": recompute}
+        moe = MoELayer(HIDDEN, 2 * HIDDEN, 8, 2, num_shared_experts=1, **again)
         moe.to(DEVICE, BF16).shard_experts(dist.group.WORLD, backend, deep_ep={"max_tokens_per_rank": MAX_TOKENS})
         assert moe.dispatcher.name == backend
         optimizer = torch.optim.SGD(moe.parameters(), lr=0.5)

@@ -193,6 +193,7 @@ def _on_two_ranks(rank: int, world_size: int) -> dict[str, Any]:
         "plain": _three_steps(rank, 1, False, {}),
         "checkpointed": _three_steps(rank, 1, True, {}),
         "recomputed": _three_steps(rank, 3, True, {"recompute_activations": True}),
+        "sent again": _three_steps(rank, 1, False, {"recompute_dispatch": True}),
         "alone": _layers_left_alone(rank),
     }
 
@@ -220,7 +221,7 @@ def test_bf16_rounds_as_transformers_does(two_ranks: list[dict[str, Any]], name:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ("checkpointed", "recomputed"))
+@pytest.mark.parametrize("how", ("checkpointed", "recomputed", "sent again"))
 def test_recomputation_changes_nothing(two_ranks: list[dict[str, Any]], how: str) -> None:
     for result in two_ranks:
         (losses, weights), (plain_losses, plain_weights) = result[how], result["plain"]

@@ -69,7 +69,8 @@ def test_all_layers_train_the_same_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_experts_on_two_ranks_train_as_on_each(tmp_path: Path) -> None:
     """EP=2 under torchrun, and the same ranks with all experts on each: gradients, their norm and the steps agree."""
-    spread = torchrun("seed_lm.py", *TOY, "--layers", *LAYERS, "--compile", "blocks", "--out", str(tmp_path / "two"))
+    spread = torchrun("seed_lm.py", *TOY, "--layers", *LAYERS, "--ep_backend", "nccl", "nccl+again", "--compile",
+                      "blocks", "--out", str(tmp_path / "two"))  # fmt: skip
     assert spread.returncode == 0, spread.stderr[-4000:]
     outcome = json.loads((tmp_path / "two" / "seed_lm.json").read_text())
     assert outcome["model"]["ep_size"] == 2 and outcome["command"].startswith("torchrun --nproc_per_node 2 ")
@@ -109,6 +110,7 @@ def test_curves_of_transports(tmp_path: Path) -> None:
     [
         (["--ep_backend", "nccl:2"], "--ep_backend nccl:2: only symm_mem takes a capacity_factor"),
         (["--ep_backend", "symm_mem:much"], "--ep_backend symm_mem:much: only symm_mem takes a capacity_factor"),
+        (["--ep_backend", "symm_mem:+again"], "--ep_backend symm_mem:+again: only symm_mem takes a capacity_factor"),
         (["--ep_backend", "nccl", "hybrid"], "--ep_backend nccl hybrid: at EP=1 nothing is exchanged"),
         (["--capacity_factor", "1.0"], "--capacity_factor: these layers drop nothing"),
     ],
