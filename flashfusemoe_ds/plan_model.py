@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashfusemoe_ds.config import FlashFuseMoEConfig
 from flashfusemoe_ds.nn.moe_layer import MoELayer
 from flashfusemoe_ds.plan_trace import PlannedExperts
 from flashfusemoe_ds.planning import Load, MoEShape, expected_load, router_bytes
@@ -59,13 +60,13 @@ class Subject:
 
     def configure(
         self, ep_size: int, skew: float, room: Callable[[MoEShape], tuple[int, int] | None], dtype: torch.dtype,
-        recompute: bool, redispatch: bool, input_grad_first: bool,
+        section: FlashFuseMoEConfig,
     ) -> list[Load]:  # fmt: skip
         """Sizes every layer for an ep_size; returns their loads."""
         loads = []
         for layer in self.experts:
             load = expected_load(layer.shape, self.tokens, ep_size, skew, room(layer.shape))
-            layer.configure(load, dtype, recompute, redispatch, input_grad_first)
+            layer.configure(load, dtype, section)
             loads.append(load)
         return loads
 

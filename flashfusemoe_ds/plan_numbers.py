@@ -182,10 +182,7 @@ def make_plan(
     def room(shape: MoEShape) -> tuple[int, int] | None:
         return static_room(shape, ep_size, section.symm_mem) if ep_backend == "symm_mem" else None
 
-    loads = subject.configure(
-        ep_size, skew, room, training.dtype, section.recompute_activations, section.recompute_dispatch,
-        section.overlap.input_grad,
-    )  # fmt: skip
+    loads = subject.configure(ep_size, skew, room, training.dtype, section)
     experts = subject.expert_params()
     if not subject.experts_apart and ep_size == 1:
         apart: set[torch.nn.Parameter] = set()
@@ -284,8 +281,7 @@ def _wire(
     itemsize, stage = training.dtype.itemsize, training.stage
     exchange, moving_us, fixed_us = 0, 0.0, 0.0
     if ep_size > 1:
-        cost = rates.exchange(ep_backend)
-        counts = exchange_counts(checkpointing, training.section.recompute_dispatch)
+        cost, counts = rates.exchange(ep_backend), exchange_counts(checkpointing, training.section)
         for shape, load in zip(subject.shapes(), loads, strict=True):
             sizes = exchange_bytes(shape, load.received, itemsize)
             exchange += sum(size * count for size, count in zip(sizes, counts, strict=True))

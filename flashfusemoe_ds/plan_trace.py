@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flashfusemoe_ds.planning import Load, MoEShape, Phase, backward_phases, forward_bytes, kept_bytes
+from flashfusemoe_ds.config import FlashFuseMoEConfig
+from flashfusemoe_ds.planning import DEFAULTS, Load, MoEShape, Phase, backward_phases, forward_bytes, kept_bytes
 
 BLOCK_BYTES = 512  # of which PyTorch's CUDA allocator gives out multiples
 
@@ -106,15 +107,11 @@ class PlannedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.shapes, self.extra_kept = shape, params, extra_kept
-        self.itemsize, self.load, self.input_grad_first = 0, None, True
-        self.recompute = self.redispatch = False
+        self.itemsize, self.load, self.section = 0, None, DEFAULTS
 
-    def configure(
-        self, load: Load, dtype: torch.dtype, recompute: bool, redispatch: bool, input_grad_first: bool
-    ) -> None:
+    def configure(self, load: Load, dtype: torch.dtype, section: FlashFuseMoEConfig) -> None:
         """Takes what is planned, and this rank's share of the parameters."""
-        self.load, self.itemsize = load, dtype.itemsize
-        self.recompute, self.redispatch, self.input_grad_first = recompute, redispatch, input_grad_first
+        self.load, self.itemsize, self.section = load, dtype.itemsize, section
         for name, (_, *sizes) in self.shapes.items():
             weight = torch.empty(load.local_experts, *sizes, dtype=dtype, device="meta")
             self.register_parameter(name, nn.Parameter(weight))
@@ -132,21 +129,18 @@ class PlannedExperts(nn.Module):
     def kept(self) -> dict[str, int]:
         """Bytes kept from the forward to the backward, by name, with `extra_kept` as "router"; after `configure`."""
         assert self.load is not None
-        kept = kept_bytes(self.shape, self.load, self.itemsize, self.recompute, self.redispatch)
+        kept = kept_bytes(self.shape, self.load, self.itemsize, self.section)
         return kept if self.extra_kept is None else {**kept, "router": self.extra_kept(self.load.tokens)}
 
     def phases(self) -> list[Phase]:
         """The backward's moments and their bytes beyond what is kept; after `configure`."""
         assert self.load is not None
-        return backward_phases(
-            self.shape, self.load, self.itemsize, self.recompute, self.redispatch,
-            input_grad_first=self.input_grad_first,
-        )  # fmt: skip
+        return backward_phases(self.shape, self.load, self.itemsize, self.section)
 
     def forward_bytes(self) -> int:
         """The most that the forward has allocated beside what is kept; after `configure`."""
         assert self.load is not None
-        return forward_bytes(self.shape, self.load, self.itemsize, self.recompute, self.redispatch)
+        return forward_bytes(self.shape, self.load, self.itemsize, self.section)
 
 
 class _Experts(torch.autograd.Function):
@@ -154,7 +148,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, x, weight, experts, *params):
         kept = experts.kept()
         # Where X is the layer's input, others may keep it too.
-        alias = experts.load.ep_size == 1 or experts.redispatch
+        alias = experts.load.ep_size == 1 or experts.section.recompute_dispatch
         held = _bytes(x, sum(kept.values()) - (kept["X"] if alias else 0))
         _bytes(x, experts.forward_bytes())  # and freed
         ctx.save_for_backward(held, x if alias else None, *params)

@@ -35,6 +35,7 @@ EXPERT_GROUP_NUMEL = 178_956_971  # DeepSpeed splits the experts' parameters int
 # Bytes of float32 state per parameter, beside the float32 copy of it.
 OPTIMIZER_STATES = {"adam": 8, "adamw": 8, "lion": 4, "adagrad": 4, "sgd": 0}
 MOMENTUM_STATE = 4  # of sgd with momentum
+DEFAULTS = FlashFuseMoEConfig()
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
@@ -119,23 +120,20 @@ def expected_load(
 # --- a layer's memory --------------------------------------------------------------------------------------------
 
 
-def kept_bytes(
-    shape: MoEShape, load: Load, itemsize: int, recompute: bool = False, redispatch: bool = False
-) -> dict[str, int]:
+def kept_bytes(shape: MoEShape, load: Load, itemsize: int, section: FlashFuseMoEConfig = DEFAULTS) -> dict[str, int]:
     """What the experts and their exchange keep between forward and backward of one layer, by name.
 
-    X is the layer's own input with one rank, else the rows that were received, or with redispatch those that were
-    sent, the layer's input again; the router's tensors are not in here.
+    X is the layer's own input with one rank or recompute_dispatch, else the rows that were received; the router's
+    tensors are not in here.
 
     Args:
         itemsize: bytes of an element of the rows.
-        recompute: recompute_activations.
-        redispatch: recompute_dispatch.
+        section: its recompute_activations and recompute_dispatch count, in the backward overlap.input_grad too.
     """
     order = order_shapes((load.rows, shape.top_k), load.local_experts, load.routes)
     kept = {
-        "X": (load.tokens if redispatch else load.rows) * shape.hidden_size * itemsize,
-        "H": 0 if recompute else load.routes * shape.up_width * itemsize,
+        "X": (load.tokens if section.recompute_dispatch else load.rows) * shape.hidden_size * itemsize,
+        "H": 0 if section.recompute_activations else load.routes * shape.up_width * itemsize,
         "weights": 4 * load.rows * shape.top_k,
         "order": 4 * sum(math.prod(sizes) for sizes in order),
     }
@@ -149,15 +147,13 @@ def router_bytes(num_tokens: int, num_experts: int, top_k: int) -> int:
     return num_tokens * (4 * num_experts + 8 * top_k)
 
 
-def forward_bytes(
-    shape: MoEShape, load: Load, itemsize: int, recompute: bool = False, redispatch: bool = False
-) -> int:
+def forward_bytes(shape: MoEShape, load: Load, itemsize: int, section: FlashFuseMoEConfig = DEFAULTS) -> int:
     """The most that the forward of one layer has allocated beside what it keeps, its output included."""
     row = shape.hidden_size * itemsize
     activated = load.routes * (shape.intermediate_size * itemsize + row)  # A and the experts' outputs
-    if recompute:
+    if section.recompute_activations:
         activated += load.routes * shape.up_width * itemsize
-    received = load.rows * row if redispatch and load.ep_size > 1 else 0
+    received = load.rows * row if section.recompute_dispatch and load.ep_size > 1 else 0
     phases = [received + activated + load.rows * row]
     if load.ep_size > 1:
         slots = load.tokens * min(shape.top_k, load.ep_size)
@@ -173,20 +169,8 @@ class Phase(NamedTuple):
     bytes: int
 
 
-def backward_phases(
-    shape: MoEShape,
-    load: Load,
-    itemsize: int,
-    recompute: bool = False,
-    redispatch: bool = False,
-    *,
-    input_grad_first: bool = True,
-) -> list[Phase]:
-    """The backward of one layer, moment by moment; gradients of the experts' weights are counted where they appear.
-
-    Args:
-        input_grad_first: overlap.input_grad, with which dX is on its way home while dW is computed.
-    """
+def backward_phases(shape: MoEShape, load: Load, itemsize: int, section: FlashFuseMoEConfig = DEFAULTS) -> list[Phase]:
+    """The backward of one layer, moment by moment; gradients of the experts' weights are counted where they appear."""
     row, parallel = shape.hidden_size * itemsize, load.ep_size > 1
     h = load.routes * shape.up_width * itemsize
     a = load.routes * shape.intermediate_size * itemsize
@@ -195,11 +179,13 @@ def backward_phases(
     dw_down = load.local_experts * shape.hidden_size * shape.intermediate_size * itemsize
     dx = load.rows * row
     dout = load.rows * row if parallel else 0  # with one rank, autograd has it already
-    if redispatch and parallel:
+    if section.recompute_dispatch and parallel:
         dout += load.rows * row  # X, here again
     # dX as it lies, as the other ranks' comes home, and as it is added up.
     home = (load.sent + load.tokens) * row if parallel else 0
-    beside = home if input_grad_first else 0
+    # Where dX is on its way home while dW is computed.
+    beside = home if section.overlap.input_grad else 0
+    recompute = section.recompute_activations
     again = h if recompute else 0
     phases = [Phase("redispatch", load.sent * row + dout)] if parallel else []
     return [
@@ -265,11 +251,12 @@ def exchange_bytes(shape: MoEShape, num_rows: int, itemsize: int) -> Exchanges:
     return Exchanges(row + 2 * words, row, row, row + words)
 
 
-def exchange_counts(checkpointing: bool, redispatch: bool = False) -> Exchanges:
+def exchange_counts(checkpointing: bool, section: FlashFuseMoEConfig = DEFAULTS) -> Exchanges:
     """How often a layer does each in one micro batch. Activation checkpointing runs the forward again, and
     recompute_dispatch sends X again."""
     forwards = 2 if checkpointing else 1
-    return Exchanges(dispatch=forwards, combine=forwards, redispatch=2 if redispatch else 1, combine_grads=1)
+    redispatches = 2 if section.recompute_dispatch else 1
+    return Exchanges(dispatch=forwards, combine=forwards, redispatch=redispatches, combine_grads=1)
 
 
 def exchange_us(sizes: Exchanges, counts: Exchanges, cost: ExchangeCost) -> tuple[float, float]:

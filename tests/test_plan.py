@@ -110,7 +110,8 @@ def test_kept_bytes_are_what_autograd_keeps(name: str, width: int, recompute: bo
     kept = saved_bytes(
         lambda: experts(x, idx, weight, up, down, get_activation(name), products, recompute=recompute), [up, down]
     )
-    assert kept == sum(planning.kept_bytes(shape, expected_load(shape, T, 1), 4, recompute).values())
+    section = FlashFuseMoEConfig(recompute_activations=recompute)
+    assert kept == sum(planning.kept_bytes(shape, expected_load(shape, T, 1), 4, section).values())
 
 
 # --- what exchanges cost ------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def test_what_a_model_keeps_is_what_it_keeps_when_run(name: str, configs: Callab
 
 
 def _numel(subject: Any, ep_size: int = 1) -> int:
-    subject.configure(ep_size, 1.0, no_room, torch.float32, False, False, True)
+    subject.configure(ep_size, 1.0, no_room, torch.float32, planning.DEFAULTS)
     return sum(p.numel() for p in subject.model.parameters())
 
 
@@ -256,7 +257,7 @@ def test_the_peak_follows_the_phases() -> None:
     """One layer: the trace's peak is what was kept, X aside, and the largest phase, plus what autograd adds."""
     shape = MoEShape(64, 512, 1024, num_experts=4, top_k=2)
     subject = from_shape(shape, 2000, 1, torch.bfloat16)
-    (load,) = subject.configure(1, 1.0, no_room, torch.bfloat16, False, False, True)
+    (load,) = subject.configure(1, 1.0, no_room, torch.bfloat16, planning.DEFAULTS)
     found = trace(subject.model, subject.loss, ALONE, accumulate=False,
                   inputs=subject.inputs)  # fmt: skip
     kept = planning.kept_bytes(shape, load, 2)
@@ -443,7 +444,8 @@ def two_ranks() -> list[tuple[list[dict[str, Any]], dict[Any, Any], Checks]]:
 def test_wire_bytes_are_what_the_transport_sends(two_ranks: list[Any], redispatch: bool) -> None:
     shape = MoEShape(16, 24, 48, num_experts=8, top_k=2)
     exchanges = [rank[0][redispatch] for rank in two_ranks]
-    times = planning.exchange_counts(checkpointing=False, redispatch=redispatch)
+    section = FlashFuseMoEConfig(recompute_dispatch=redispatch)
+    times = planning.exchange_counts(checkpointing=False, section=section)
     for rank, seen in enumerate(exchanges):
         back = exchanges[1 - rank]["sent_rows"]  # rows go out with dispatch, those of the other rank with combine
         out, home = (planning.exchange_bytes(shape, rows, 4) for rows in (seen["sent_rows"], back))
@@ -464,7 +466,7 @@ def test_kept_bytes_of_an_exchange(two_ranks: list[Any], redispatch: bool) -> No
         rows = sum(other["rows_to"][rank] for other in exchanges)
         routes = sum(other["routes_to"][rank] for other in exchanges)
         load = planning.Load(4000, 2, 4, rows, routes, received=0, sent=0)
-        kept = planning.kept_bytes(shape, load, 4, redispatch=redispatch)
+        kept = planning.kept_bytes(shape, load, 4, FlashFuseMoEConfig(recompute_dispatch=redispatch))
         # The slots are the transport's, which autograd does not see.
         assert seen["kept"] == sum(kept.values()) - kept["slots"]
         assert kept["slots"] == 4 * 4000 * 2

@@ -21,13 +21,12 @@ LEGEND = (
     "clipping and AdamW; its time is from the end of the step before, steps following one another without a pause, "
     "the slowest rank's, in blocks that take turns. x stock, x FlashFusedMoE: p50 of deepspeed's own layer, and of "
     "FlashFusedMoE's fastest row, over this one's. Peak: most of one contender's memory on a GPU. Kept: what a MoE "
-    "layer's forward leaves allocated for the backward, the mean and the most of all layers and ranks, which differ"
-    " where a rank gets more routes than its share; copies of weights that a layer keeps of autocast's casts are a "
+    "layer's forward leaves allocated for the backward, the mean and the most of all layers and ranks, which differ "
+    "where a rank gets more routes than its share; copies of weights that a layer keeps of autocast's casts are a "
     "part of it, the shared expert, whoever computes it, is not. Exchange, gradients: time in which their "
-    "collectives run; exposed: while "
-    "no compute kernel runs (device_trace.py); exposed transfer: the part of that in which all ranks have begun the"
-    " collective (waiting.py), empty where the trace names none. Fullest expert: most routes over the mean, after "
-    "the last step, the worst layer's."
+    "collectives run; exposed: while no compute kernel runs (device_trace.py); exposed transfer: the part of that in "
+    "which all ranks have begun the collective (waiting.py), empty where the trace names none. Fullest expert: most "
+    "routes over the mean, after the last step, the worst layer's."
 )
 
 
